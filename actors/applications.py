@@ -1,0 +1,49 @@
+"""Starting a Ray Serve application with a deadline, and removing it.
+
+Serve is one per cluster and outlives jobs: names carry the run's id, a run deletes its own applications and never
+shuts Serve down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
+
+from contracts.waiting import NoAnswer, answer
+
+_POLL_S = 0.2
+
+
+async def run_application(app: serve.Application, name: str, *, start_s: float) -> DeploymentHandle:
+    """Deploy without an HTTP route and wait until every replica is healthy.
+
+    Raises:
+        RuntimeError: a replica failed to start; carries Serve's message, the replica's own error in it.
+        NoAnswer: it was not running after `start_s` seconds; the message says what Serve was doing.
+    """
+    target = serve.RunTarget(target=app, name=name, route_prefix=None)
+    expires = time.monotonic() + start_s
+    deploy = asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+    await answer(deploy, who="Ray Serve", asked=f"deploy {name}", deadline_s=start_s)
+    while True:
+        status = (await asyncio.to_thread(serve.status)).applications[name]
+        if status.status == ApplicationStatus.RUNNING:
+            return serve.get_app_handle(name)
+        details = "; ".join(f"{key}: {value.message}" for key, value in status.deployments.items() if value.message)
+        if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise RuntimeError(f"Serve application {name} failed to start: {details or status.message}")
+        if time.monotonic() > expires:
+            raise NoAnswer(f"Serve application {name} was not running after {start_s:g} s: {details or status.status}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def delete_applications(prefix: str, *, deadline_s: float) -> None:
+    """Delete every application whose name begins with `prefix`."""
+    names = [name for name in (await asyncio.to_thread(serve.status)).applications if name.startswith(prefix)]
+    for name in names:
+        delete = asyncio.to_thread(serve.delete, name)
+        await answer(delete, who="Ray Serve", asked=f"delete {name}", deadline_s=deadline_s)

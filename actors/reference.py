@@ -1,0 +1,111 @@
+"""Reference log-probabilities as a Ray Serve deployment: the policy's starting point, never updated.
+
+A replica consumes single responses as token ids (never text: another tokenisation would be other tokens), batches
+what arrives together, and answers each by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+from transformers import AutoModelForCausalLM
+
+from actors.applications import run_application
+from contracts.config import ReplicaConfig
+from contracts.waiting import answer
+from models.forward import check_supported, pad_responses, response_hidden, response_logits
+from models.logprobs import token_logprobs
+
+
+@dataclass(frozen=True)
+class ReferenceRequest:
+    """A prompt and its sampled response, as tokens."""
+
+    prompt_tokens: list[int]
+    response_tokens: list[int]
+
+
+class ReferenceReplica:
+    """A frozen causal language model."""
+
+    def __init__(self, batch: ReplicaConfig, path: str, dtype: str, temperature: float) -> None:
+        torch.set_num_threads(batch.threads or os.cpu_count() or 1)
+        self._device = torch.device("cuda" if batch.num_gpus else "cpu")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        self._model = model.to(self._device).eval()
+        check_supported(self._model)
+        self._temperature = temperature
+        self.logprobs.set_max_batch_size(batch.max_batch_size)  # type: ignore[attr-defined]
+        self.logprobs.set_batch_wait_timeout_s(batch.batch_wait_s)  # type: ignore[attr-defined]
+
+    @serve.batch
+    async def logprobs(self, requests: list[ReferenceRequest]) -> list[list[float]]:
+        return await asyncio.to_thread(self._logprobs, requests)
+
+    @torch.inference_mode()
+    def _logprobs(self, requests: list[ReferenceRequest]) -> list[list[float]]:
+        sequences = [[*request.prompt_tokens, *request.response_tokens] for request in requests]
+        prompt_lengths = [len(request.prompt_tokens) for request in requests]
+        batch = pad_responses(sequences, prompt_lengths, pad_token=0).to(self._device)
+        logits_BTV = response_logits(self._model, response_hidden(self._model, batch))
+        logprobs_BT = token_logprobs(logits_BTV, batch.tokens_BT, temperature=self._temperature)
+        rows = zip(logprobs_BT.tolist(), batch.lengths_B.tolist(), strict=True)
+        return [row[:length] for row, length in rows]
+
+
+class ReferenceModel:
+    """Caller's side of the deployment."""
+
+    def __init__(self, handle: DeploymentHandle, *, deadline_s: float) -> None:
+        self._handle = handle
+        self._deadline_s = deadline_s
+
+    async def logprobs(self, prompt_tokens: list[int], response_tokens: list[int]) -> list[float]:
+        """One log-probability per response token, at the sampling temperature.
+
+        Raises:
+            NoAnswer: no replica answered in time.
+        """
+        request = ReferenceRequest(prompt_tokens, response_tokens)
+        try:
+            return await self._ask(request)
+        except RayActorError:  # its replica died; replicas hold no state, so asking again is safe
+            return await self._ask(request)
+
+    async def _ask(self, request: ReferenceRequest) -> list[float]:
+        response = self._handle.logprobs.remote(request)
+        asked = "give reference log-probabilities"
+        logprobs: list[float] = await answer(
+            response, who="the reference model", asked=asked, deadline_s=self._deadline_s
+        )
+        return logprobs
+
+
+async def deploy_reference(
+    path: str,
+    replicas: ReplicaConfig,
+    *,
+    application: str,
+    dtype: str,
+    temperature: float,
+    start_s: float,
+    score_s: float,
+) -> ReferenceModel:
+    """Start the replicas and wait until all are healthy."""
+    deployment: Any = serve.deployment(
+        ReferenceReplica,
+        name="reference",
+        num_replicas=replicas.num_replicas,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        max_ongoing_requests=4 * replicas.max_batch_size,
+        health_check_timeout_s=60,
+    )
+    app = deployment.bind(replicas, path, dtype, temperature)
+    return ReferenceModel(await run_application(app, application, start_s=start_s), deadline_s=score_s)

@@ -1,0 +1,133 @@
+"""What this machine offers, and whether a local run fits: GPUs, memory and disk, estimated before a model loads.
+
+The estimates are low on purpose: a run is refused only where it clearly cannot work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from contracts.config import Config, ConfigError
+
+GIB = 1 << 30
+# Bytes a parameter: fp32 master, two Adam moments and bf16 gradients and copies; a bf16 copy; what a checkpoint holds.
+LEARNER_BYTES, BF16_BYTES, CHECKPOINT_BYTES = 16, 2, 14
+# Python, torch and transformers or vLLM in one process, and for the learner some activations.
+LEARNER_PROCESS_GIB, ENGINE_PROCESS_GIB, REPLICA_PROCESS_GIB = 1.5, 1.5, 0.7
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use, counted without importing torch (which takes seconds)."""
+    devices = _gpu_devices()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return devices
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if "-1" in names:  # CUDA ignores this entry and what follows
+        names = names[: names.index("-1")]
+    # Parts of a GPU (MIG-...) have names, and there can be more of them than devices.
+    return min(len(names), devices) if all(name.isdigit() for name in names) else len(names)
+
+
+def _gpu_devices() -> int:
+    devices = [entry for entry in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", entry.name)]
+    if devices or shutil.which("nvidia-smi") is None:
+        return len(devices)
+    try:  # WSL has no such device files
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def available_memory_gib() -> float:
+    """Memory that new processes can have: the machine's, or what the container's limit leaves."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        reclaimable = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return available / GIB  # no cgroup v2 here
+    if limit != "max":
+        cached = int(reclaimable.group(1)) if reclaimable else 0
+        available = min(available, int(limit) - used + cached)
+    return available / GIB
+
+
+def free_disk_gib(path: Path) -> float:
+    """Free space where `path` lies or would be made."""
+    return shutil.disk_usage(existing_ancestor(path)).free / GIB
+
+
+def existing_ancestor(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_gpus(config: Config) -> None:
+    """Raises ConfigError if the run asks for more GPUs than there are."""
+    models = sum(component.model is not None for component in config.rewards)
+    asked = {
+        "rollout": config.rollout.num_workers * config.rollout.num_gpus,
+        "reward_workers": models * config.reward_workers.num_replicas * config.reward_workers.num_gpus,
+        "reference_workers": config.reference_workers.num_replicas * config.reference_workers.num_gpus,
+        "learner": config.learner.num_gpus,
+    }
+    total, present = sum(asked.values()), visible_gpus()
+    if total > present + 1e-6:  # shares like 0.1 do not add up exactly
+        parts = ", ".join(f"{name} {count:g}" for name, count in asked.items() if count)
+        raise ConfigError(
+            f"num_gpus: the run asks for {total:g} GPUs ({parts}), this machine has {present}; "
+            "lower num_gpus or the number of workers, or give ray.address of a cluster"
+        )
+
+
+def check_memory(config: Config, *, policy: int | None, reward_models: list[int | None]) -> None:
+    """Raises ConfigError if the processes cannot fit. Sizes are in parameters; None is unknown and counts as 0."""
+    need = memory_gib(config, policy=policy or 0, reward_models=[size or 0 for size in reward_models])
+    available = available_memory_gib()
+    if need > available:
+        raise ConfigError(
+            f"memory: the run needs about {need:.1f} GiB, {available:.1f} GiB are available; take a smaller model.path "
+            "or lower rollout.num_workers, rollout.kv_cache_gib or num_replicas"
+        )
+
+
+def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> float:
+    """Host memory of a local run, at least. A worker with a GPU keeps its weights there."""
+
+    def weights(worker_gpus: float, parameters: int, bytes_each: int) -> float:
+        return 0.0 if worker_gpus else parameters * bytes_each / GIB
+
+    rollout, rewards, reference = config.rollout, config.reward_workers, config.reference_workers
+    engine = weights(rollout.num_gpus, policy, BF16_BYTES) + ENGINE_PROCESS_GIB
+    if not rollout.num_gpus:
+        engine += rollout.kv_cache_gib
+    scorers = sum(weights(rewards.num_gpus, size, BF16_BYTES) + REPLICA_PROCESS_GIB for size in reward_models)
+    return (
+        weights(config.learner.num_gpus, policy, LEARNER_BYTES)
+        + LEARNER_PROCESS_GIB
+        + rollout.num_workers * engine
+        + rewards.num_replicas * scorers
+        + reference.num_replicas * (weights(reference.num_gpus, policy, BF16_BYTES) + REPLICA_PROCESS_GIB)
+    )
+
+
+def check_disk(config: Config, *, policy: int | None, checkpoints: int) -> None:
+    """Raises ConfigError if the checkpoints cannot fit. One more than is kept exists while a new one is written."""
+    missing = max(1, config.checkpoint.keep + 1 - checkpoints)
+    need = missing * CHECKPOINT_BYTES * (policy or 0) / GIB
+    free = free_disk_gib(config.output_dir)
+    if need > free:
+        raise ConfigError(
+            f"output_dir {config.output_dir}: checkpoints need about {need:.1f} GiB more "
+            f"(checkpoint.keep {config.checkpoint.keep}), its disk has {free:.1f} GiB free; "
+            "lower checkpoint.keep or choose another disk"
+        )

@@ -1,0 +1,157 @@
+"""The `headrace` command. Exit status: 0 success, 1 failure, 2 bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from contracts import config as configuration
+from contracts.config import ConfigError
+
+app = typer.Typer(
+    name="headrace",
+    help="Reinforcement learning from human feedback on Ray: rollouts, rewards, PPO, evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, for example examples/quickstart.yaml")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, for example ppo.learning_rate=2e-6"),
+]
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train a policy: preferences and reward model (if configured), PPO, evaluation, report.
+
+    Ctrl-C or SIGTERM finishes the running step, writes a checkpoint and ends; a second Ctrl-C ends at once.
+    Continue with `headrace train CONFIG resume=true`.
+    """
+    settings = configuration.load(config, overrides or ())
+    from cluster.preflight import check  # imports are slow, and `--help` should not be
+
+    preflight = check(settings)
+    from cluster.progress import Progress
+    from cluster.train import run
+
+    with Progress(settings.steps) as progress:
+        outcome, received = run_until_signal(lambda stopping: run(settings, preflight, progress, stopping))
+    if received is not None:
+        where = f"after step {outcome.step}" if outcome is not None else "before the first checkpoint"
+        print(f"stopped {where}; continue with: headrace train {config} resume=true", file=sys.stderr)
+        raise SystemExit(128 + received)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: Python, Ray, vLLM's build, cores, memory, GPU, leftovers, and what would go wrong."""
+    from cluster.doctor import diagnose, exit_status, print_findings
+
+    findings = diagnose()
+    print_findings(findings)
+    raise SystemExit(exit_status(findings))
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder (runs/NAME/checkpoints/step-NNNNNN) of a run")],
+    prompts: Annotated[Path, typer.Option(help="prompt file, JSONL or Parquet")],
+    output: Annotated[Path | None, typer.Option(help="also write the result as JSON to this file")] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Sample and score a checkpoint's policy on prompts, with the run's own rewards and judges."""
+    from cluster.eval_command import evaluate_checkpoint, evaluation_settings
+    from cluster.progress import Progress
+
+    settings = evaluation_settings(checkpoint, prompts, overrides or ())
+    with Progress(0) as progress:
+        _, stopped = run_until_signal(lambda stopping: evaluate_checkpoint(settings, output, progress, stopping))
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder (runs/NAME/checkpoints/step-NNNNNN) of a run")],
+    to: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+) -> None:
+    """Copy a checkpoint's policy, verified, to a Hugging Face folder that transformers and vLLM load."""
+    from cluster.export import export_policy
+
+    print(f"wrote {export_policy(checkpoint, to)}")
+
+
+def run_until_signal(
+    start: Callable[[asyncio.Event], Coroutine[Any, Any, Any]],
+) -> tuple[Any, int | None]:
+    """Run a coroutine that ends itself soon after the event is set; the first SIGINT or SIGTERM sets it.
+
+    A second signal cancels it. Returns its result (None if cancelled) and the signal, if there was one.
+    """
+    received: list[int] = []
+
+    async def main() -> Any:
+        stopping = asyncio.Event()
+        task = asyncio.ensure_future(start(stopping))
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if received:
+                task.cancel()
+            else:
+                print("\nstopping: what runs is brought to an end first; again to stop at once", file=sys.stderr)
+            received.append(number)
+            stopping.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        return await task
+
+    try:
+        result = asyncio.run(main())
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        result = None
+    return result, received[0] if received else None
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error that is not a group of errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main() -> None:
+    """Entry point: one clear line for bad input, a traceback only for what is not the user's."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # reward functions live in the user's working directory
+    try:
+        app()
+    except Exception as error:  # noqa: BLE001 - the last place where an error can become an exit status
+        cause = first_cause(error)
+        if isinstance(cause, ConfigError):
+            print(f"error: {cause}", file=sys.stderr)
+            raise SystemExit(2) from None
+        traceback.print_exception(cause)
+        print(f"error: {type(cause).__name__}: {cause}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`headrace eval`: a checkpoint's policy on any prompt file, with the run's own rewards, judges and reference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from actors.pool import RolloutPool
+from actors.prompts import read_rows, render
+from actors.reference import ReferenceModel
+from actors.reward import RewardComponents
+from cluster import launch
+from cluster.evaluate import Evaluation, evaluate, intervals, record
+from cluster.preferences import trained_reward_model
+from cluster.progress import Progress
+from cluster.run_log import write_json
+from contracts import config as configuration
+from contracts.config import Config, ConfigError
+from contracts.records import Prompt
+from learner import checkpoint as checkpoints
+from models import bundled
+
+
+@dataclass
+class CheckpointJob:
+    """What `cluster.evaluate` needs, without a learner."""
+
+    config: Config
+    eval_prompts: list[Prompt]
+    pool: RolloutPool
+    rewards: RewardComponents
+    judges: RewardComponents
+    reference: ReferenceModel
+    progress: Progress
+    version: int
+
+
+def evaluation_settings(folder: Path, prompts: Path, overrides: Sequence[str]) -> tuple[Config, checkpoints.Checkpoint]:
+    """The run's configuration with `prompts` in place of its own, and the verified checkpoint.
+
+    Raises:
+        ConfigError: the folder is not a whole checkpoint of a run.
+    """
+    saved = verified(folder)
+    run_dir = folder.resolve().parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: not inside a run: {run_dir / 'config.yaml'} is missing")
+    return configuration.load(run_dir / "config.yaml", [f"prompts.path={prompts}", *overrides]), saved
+
+
+def verified(folder: Path) -> checkpoints.Checkpoint:
+    """The checkpoint at `folder`, every file checked against its manifest.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    name = folder.resolve().name.removeprefix("step-")
+    if not name.isdigit():
+        raise ConfigError(f"{folder}: not a checkpoint; name one such as runs/NAME/checkpoints/step-000020")
+    saved = checkpoints.Checkpoint(int(name), folder.resolve())
+    try:
+        checkpoints.verify(saved)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: not a whole checkpoint: {error}") from error
+    return saved
+
+
+async def evaluate_checkpoint(
+    settings: tuple[Config, checkpoints.Checkpoint], output: Path | None, progress: Progress, stopping: asyncio.Event
+) -> Evaluation | None:
+    """Print a table of means and intervals; None if it was asked to stop first."""
+    config, saved = settings
+    work = asyncio.ensure_future(_evaluate(config, saved, progress))
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not work.done():
+        work.cancel()
+        await asyncio.wait({work}, timeout=config.deadlines.stop_s)
+        return None
+    evaluation = work.result()
+    progress.result(_table(evaluation))
+    if output is not None:
+        write_json(output, record(evaluation))
+        progress.note(f"wrote {output}")
+    return evaluation
+
+
+async def _evaluate(config: Config, saved: checkpoints.Checkpoint, progress: Progress) -> Evaluation:
+    rows = read_rows(config.prompts.path)
+    base_path = await asyncio.to_thread(bundled.resolve, config.model.path)
+    tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, str(saved.policy))
+    prompts, skipped = render(rows, tokenizer, system=config.prompts.system, max_prompt_tokens=config.max_prompt_tokens)
+    if skipped:
+        progress.warn(f"{skipped} prompts are longer than {config.max_prompt_tokens} tokens: skipped")
+    run_id = launch.new_run_id()
+    trained = trained_reward_model(saved.path.parent.parent)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(launch.cluster(config, run_id, progress))
+        pool = RolloutPool(
+            config.model, config.rollout, config.deadlines, path=str(saved.policy), version=saved.step, seed=config.seed
+        )
+        stack.push_async_callback(pool.stop)
+        progress.phase("Starting the engine, reward replicas and the reference model")
+        reference, rewards, judges, _ = await asyncio.gather(
+            launch.deploy_reference_model(config, base_path, run_id),
+            launch.deploy_components(config, config.rewards, run_id, trained_model=trained),
+            launch.deploy_components(config, config.evaluation.judges, run_id, trained_model=trained),
+            pool.start(),
+        )
+        job = CheckpointJob(config, prompts, pool, rewards, judges, reference, progress, saved.step)
+        return await evaluate(job)
+
+
+def _table(evaluation: Evaluation) -> Table:
+    table = Table(title=f"Version {evaluation.version} on {len(evaluation.prompts)} prompts (95 % intervals)")
+    for column in ("", "mean", "from", "to"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for name, interval in intervals(evaluation).items():
+        table.add_row(name, f"{interval.mean:.3f}", f"{interval.low:.3f}", f"{interval.high:.3f}")
+    return table

@@ -1,0 +1,142 @@
+"""Held-out prompts before and after training, the same prompts and seeds both times: scores, KL, length.
+
+KL is estimated from the sampled tokens (k1, Schulman 2020), so responses are drawn at the training temperature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.pool import RolloutPool
+from actors.reference import ReferenceModel
+from actors.reward import RewardComponents
+from cluster.intervals import Interval, mean_interval, paired_difference
+from cluster.preferences import sample
+from cluster.progress import Progress
+from contracts.config import Config
+from contracts.records import SCHEMA_VERSION, Prompt, Rollout
+
+
+class Evaluated(Protocol):
+    """What an evaluation needs of a running job."""
+
+    config: Config
+    eval_prompts: list[Prompt]
+    pool: RolloutPool
+    rewards: RewardComponents
+    judges: RewardComponents
+    reference: ReferenceModel
+    progress: Progress
+    version: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One value a prompt and metric, in the order of the prompts, and one response a prompt to show."""
+
+    version: int
+    prompt_ids: list[str]
+    prompts: list[str]
+    responses: list[str]
+    scores: list[dict[str, float]]
+    roles: dict[str, str]
+    values: dict[str, list[float]]
+
+
+async def evaluate(job: Evaluated) -> Evaluation:
+    """Sample, score and measure every held-out prompt with the policy that the engines serve."""
+    repeats = job.config.evaluation.samples_per_prompt
+    prompts = [prompt for prompt in job.eval_prompts for _ in range(repeats)]
+    job.progress.phase(f"Evaluating version {job.version} on {len(job.eval_prompts)} held-out prompts")
+    rollouts = await sample(job.config, prompts, job.pool, purpose="evaluation", progress=job.progress)
+    job.progress.waiting("scores of held-out responses")
+    measured = await asyncio.gather(*(_measure(job, *pair) for pair in zip(prompts, rollouts, strict=True)))
+    job.progress.waiting("")
+    values = {
+        name: np.asarray([row[name] for row in measured]).reshape(-1, repeats).mean(axis=1).tolist()
+        for name in measured[0]
+    }
+    roles = {"reward": "proxy", "kl_to_reference": "kl", "response_tokens": "length"}
+    roles |= {f"reward/{handle.config.name}": "proxy" for handle in job.rewards.handles}
+    roles |= {f"gold/{handle.config.name}": "gold" for handle in job.judges.handles}
+    return Evaluation(
+        version=job.version,
+        prompt_ids=[prompt.prompt_id for prompt in job.eval_prompts],
+        prompts=[prompt.text for prompt in job.eval_prompts],
+        responses=[rollout.response_text for rollout in rollouts[::repeats]],
+        scores=list(measured[::repeats]),
+        roles={name: roles.get(name, "other") for name in values},
+        values=values,
+    )
+
+
+async def _measure(job: Evaluated, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
+    (reward, components, _), (_, gold, _), reference = await asyncio.gather(
+        job.rewards.score(prompt, rollout.response_text),
+        job.judges.score(prompt, rollout.response_text),
+        job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
+    )
+    scores = {"reward": reward} if len(components) > 1 else {}
+    scores |= {f"reward/{name}": score for name, score in components.items()}
+    scores |= {f"gold/{name}": score for name, score in gold.items()}
+    return scores | {
+        "kl_to_reference": sum(rollout.behavior_logprobs) - sum(reference),
+        "response_tokens": float(len(rollout.response_tokens)),
+        "truncated_fraction": float(rollout.finish_reason == "length"),
+    }
+
+
+def compare(before: Evaluation, after: Evaluation, *, shown_samples: int) -> dict[str, Any]:
+    """evaluation.json: each metric before, after and the paired difference, with 95 % intervals over prompts."""
+    metrics = [
+        {
+            "name": name,
+            "role": role,
+            "before": mean_interval(before.values[name]).record(),
+            "after": mean_interval(after.values[name]).record(),
+            "difference": paired_difference(before.values[name], after.values[name]).record(),
+        }
+        for name, role in after.roles.items()
+    ]
+    samples = [
+        {
+            "prompt_id": before.prompt_ids[row],
+            "prompt": before.prompts[row],
+            "before": before.responses[row],
+            "after": after.responses[row],
+            "scores_before": _shown(before.scores[row]),
+            "scores_after": _shown(after.scores[row]),
+        }
+        for row in range(min(shown_samples, len(before.prompts)))
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "num_prompts": len(after.prompts),
+        "weights_version_before": before.version,
+        "weights_version_after": after.version,
+        "metrics": metrics,
+        "samples": samples,
+    }
+
+
+def intervals(evaluation: Evaluation) -> dict[str, Interval]:
+    """Mean and 95 % interval of each metric of one evaluation."""
+    return {name: mean_interval(values) for name, values in evaluation.values.items()}
+
+
+def record(evaluation: Evaluation) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION} | asdict(evaluation)
+
+
+def from_record(data: dict[str, Any]) -> Evaluation:
+    return Evaluation(**{name: data[name] for name in Evaluation.__dataclass_fields__})
+
+
+def _shown(scores: dict[str, float]) -> dict[str, float]:
+    names: Sequence[str] = [name for name in scores if name.startswith(("reward", "gold"))]
+    return {name: scores[name] for name in names}

@@ -1,0 +1,235 @@
+"""Starting everything a run consists of, and taking it down again, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.applications import delete_applications
+from actors.pool import RolloutPool, Worker
+from actors.prompts import PromptStream
+from actors.reference import ReferenceModel, deploy_reference
+from actors.reward import RewardComponents, deploy_reward
+from cluster.leases import Lease, LeaseBook
+from cluster.progress import Progress
+from cluster.run_log import RunLog
+from contracts.clock import BusyClock
+from contracts.config import Config, RewardConfig
+from contracts.records import Prompt
+from contracts.waiting import NoAnswer, answer
+from learner.checkpoint import Checkpoint
+from learner.experience_queue import ExperienceQueue, StalenessBound
+from learner.group import Learner
+
+
+class LearnerProcess:
+    """The driver's side of the learner: every call has a deadline, every error names it."""
+
+    def __init__(self, handle: Any, config: Config) -> None:
+        self._handle = handle
+        self._deadlines = config.deadlines
+
+    async def ready(self) -> int:
+        return await self._ask(self._handle.ready.remote(), "load its model", self._deadlines.start_s)
+
+    async def step(self, batch: list[Any], *, training_version: int) -> dict[str, float]:
+        ref = self._handle.step.remote(batch, training_version=training_version)
+        return await self._ask(ref, f"train step {training_version + 1}", self._deadlines.learn_s)
+
+    async def publish(self, version: int) -> Any:
+        return await self._ask(
+            self._handle.publish.remote(version), f"publish version {version}", self._deadlines.weights_s
+        )
+
+    async def save(self, folder: Path) -> None:
+        await self._ask(self._handle.save.remote(str(folder)), "write a checkpoint", self._deadlines.checkpoint_s)
+
+    async def _ask(self, ref: Any, asked: str, deadline_s: float) -> Any:
+        try:
+            return await answer(ref, who="the learner", asked=asked, deadline_s=deadline_s)
+        except RayActorError as error:
+            raise RuntimeError(f"the learner died while asked to {asked}: {error}") from error
+
+
+@dataclass
+class Job:
+    """The parts of a running run. `version` is the published one, `choosing` the one the next batch trains at."""
+
+    config: Config
+    run_id: str
+    prompts: PromptStream
+    eval_prompts: list[Prompt]
+    pool: RolloutPool
+    learner: LearnerProcess
+    rewards: RewardComponents
+    judges: RewardComponents
+    reference: ReferenceModel
+    queue: ExperienceQueue
+    leases: LeaseBook
+    log: RunLog
+    progress: Progress
+    stopping: asyncio.Event
+    version: int = 0
+    choosing: int = 0
+    pending: list[Prompt] = field(default_factory=list)
+    scoring: BusyClock = field(default_factory=BusyClock)
+    bad_since_batch: int = 0
+    expired_in_a_row: int = 0
+    last_checkpoint: Checkpoint | None = None
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    @property
+    def bound(self) -> StalenessBound:
+        return self.leases.bound
+
+    async def notify(self) -> None:
+        """Something that lets waiting groups or a waiting learner go on has happened."""
+        async with self._changed:
+            self._changed.notify_all()
+        await self.queue.notify()
+
+    async def next_lease(self) -> tuple[Lease, Worker]:
+        """Wait until a worker has room and the staleness bound lets another group start there.
+
+        What unblocks it: a finished response, a batch taken by the learner, a published version, a new worker.
+        """
+        async with self._changed:
+            while True:
+                worker = self.pool.free(self.leases.num_samples)
+                if worker and self.leases.may_start(worker.version, training_version=self.choosing):
+                    prompt = self.pending.pop(0) if self.pending else self.prompts.next()
+                    return self.leases.issue(prompt, version=worker.version, actor_id=worker.actor_id), worker
+                await self._changed.wait()
+
+    async def another_worker(self, lease: Lease) -> tuple[Lease, Worker]:
+        """A lease whose worker died, issued again as soon as there is room elsewhere."""
+        async with self._changed:
+            while (worker := self.pool.free(lease.num_samples)) is None:
+                await self._changed.wait()
+        return self.leases.reissue(lease, version=worker.version, actor_id=worker.actor_id), worker
+
+
+def start_ray(config: Config, working_dir: Path) -> str:
+    """Connect to the configured cluster, or start a local Ray on loopback alone. Returns the dashboard's URL."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray rewrites the address and listens on every interface.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A local ray.init otherwise switches token authentication on and leaves a token that later clusters pick up.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
+    folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    search_path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": {"PYTHONPATH": search_path}},
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+    }
+    if config.ray.address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": config.ray.num_cpus or cpus_asked(config),
+            "object_store_memory": int(config.ray.object_store_gib * 2**30),
+            "include_dashboard": config.ray.dashboard,
+            "dashboard_host": "127.0.0.1",
+        }
+    else:
+        options["address"] = config.ray.address
+    context = ray.init(**options)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def cpus_asked(config: Config) -> int:
+    """Ray CPUs that all workers of a run reserve together; a local Ray offers that many, threads do the sharing."""
+    replicas = len(config.rewards) + len(config.evaluation.judges)
+    asked = (
+        config.rollout.num_workers * config.rollout.num_cpus
+        + replicas * config.reward_workers.num_replicas * config.reward_workers.num_cpus
+        + config.reference_workers.num_replicas * config.reference_workers.num_cpus
+        + config.learner.num_cpus
+        + 1  # training of the reward model
+    )
+    return max(2, int(asked + 0.999))
+
+
+def start_learner(config: Config, model_path: str, state_path: Path | None) -> LearnerProcess:
+    handle = Learner.options(  # type: ignore[attr-defined]
+        num_cpus=config.learner.num_cpus, num_gpus=config.learner.num_gpus
+    ).remote(
+        model_path,
+        config.ppo,
+        temperature=config.sampling.temperature,
+        seed=config.seed,
+        threads=config.learner.threads,
+        state_path=str(state_path) if state_path else None,
+    )
+    return LearnerProcess(handle, config)
+
+
+async def deploy_components(
+    config: Config, components: tuple[RewardConfig, ...], run_id: str, *, trained_model: Path | None
+) -> RewardComponents:
+    """Deploy reward components or judges, all at once; `trained_model` stands for `model: preferences`."""
+    handles = await asyncio.gather(
+        *(
+            deploy_reward(
+                component,
+                config.reward_workers,
+                application=f"{run_id}-{component.name}",
+                model_path=str(trained_model) if component.model == "preferences" else component.model,
+                dtype=config.model.dtype,
+                max_tokens=config.model.max_context_tokens,
+                start_s=config.deadlines.start_s,
+            )
+            for component in components
+        )
+    )
+    return RewardComponents(handles, deadline_s=config.deadlines.score_s)
+
+
+async def deploy_reference_model(config: Config, model_path: str, run_id: str) -> ReferenceModel:
+    return await deploy_reference(
+        model_path,
+        config.reference_workers,
+        application=f"{run_id}-reference",
+        dtype=config.model.dtype,
+        temperature=config.sampling.temperature,
+        start_s=config.deadlines.start_s,
+        score_s=config.deadlines.score_s,
+    )
+
+
+def new_run_id() -> str:
+    """Serve application names begin with it: Serve is one per cluster, and other runs may be on it."""
+    return f"headrace-{uuid.uuid4().hex[:8]}"
+
+
+@asynccontextmanager
+async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncIterator[None]:
+    """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them."""
+    progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
+    dashboard = await asyncio.to_thread(start_ray, config, Path.cwd())
+    if dashboard:
+        progress.note(f"Ray dashboard: {dashboard}")
+    try:
+        yield
+    finally:
+        if config.ray.address is not None:
+            try:
+                await delete_applications(run_id, deadline_s=config.deadlines.stop_s)
+            except (NoAnswer, RayActorError, RayTaskError) as error:
+                print(f"Serve applications {run_id}-* may be left: {error}", file=sys.stderr)
+        await asyncio.to_thread(ray.shutdown)

@@ -1,0 +1,120 @@
+"""Who works on which prompt until when: every issued trajectory is accounted for until it is trained or given up.
+
+A lease covers one prompt group. It stays open until its batch is in the experience log. A lease whose actor died
+is issued again under the same trajectory ids; one that outlived its deadline is closed as expired and its prompt
+is issued again under new ids. Always: issued = trained + quarantined + expired + open.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from contracts.records import Prompt
+from learner.experience_queue import ScoredGroup, StalenessBound
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One prompt group in the hands of one rollout actor; its requests carry the deadline (`deadlines.lease_s`)."""
+
+    group_id: str
+    prompt: Prompt
+    num_samples: int
+    started_version: int
+    actor_id: str
+    attempt: int = 1
+
+    @property
+    def trajectory_ids(self) -> tuple[str, ...]:
+        return tuple(f"{self.group_id}-{sample}" for sample in range(self.num_samples))
+
+
+@dataclass
+class LeaseCounts:
+    """Trajectories by fate. `open` follows from the others."""
+
+    issued: int = 0
+    trained: int = 0
+    quarantined: int = 0
+    expired: int = 0
+
+    @property
+    def open(self) -> int:
+        return self.issued - self.trained - self.quarantined - self.expired
+
+
+@dataclass
+class LeaseBook:
+    """Open leases and counts. Deciding only: no waiting and no Ray in here."""
+
+    bound: StalenessBound
+    num_samples: int
+    next_group: int = 0
+    counts: LeaseCounts = field(default_factory=LeaseCounts)
+    _running: dict[str, Lease] = field(default_factory=dict)
+    _queued: dict[str, int] = field(default_factory=dict)  # group id -> version it started at
+    _quarantined: Counter[str] = field(default_factory=Counter)
+
+    def running(self) -> Counter[int]:
+        """Groups not yet in the queue, by the version they started at."""
+        return Counter(lease.started_version for lease in self._running.values())
+
+    def may_start(self, version: int, *, training_version: int) -> bool:
+        """Whether one more group may start at `version` without ever breaking the staleness bound."""
+        started = self.running() + Counter(self._queued.values())
+        return self.bound.room(started, version=version, training_version=training_version) >= 1
+
+    def issue(self, prompt: Prompt, *, version: int, actor_id: str) -> Lease:
+        lease = Lease(f"g{self.next_group:08d}", prompt, self.num_samples, version, actor_id)
+        self.next_group += 1
+        self._running[lease.group_id] = lease
+        self.counts.issued += lease.num_samples
+        return lease
+
+    def reissue(self, lease: Lease, *, version: int, actor_id: str) -> Lease:
+        """The same trajectories on another actor, because the first one died."""
+        again = replace(lease, started_version=version, actor_id=actor_id, attempt=lease.attempt + 1)
+        self._running[lease.group_id] = again
+        return again
+
+    def expire(self, lease: Lease) -> None:
+        """Give an overdue group up; its prompt is issued again as a new group."""
+        del self._running[lease.group_id]
+        self.counts.expired += lease.num_samples - self._quarantined.pop(lease.group_id, 0)
+
+    def quarantine(self, lease: Lease) -> None:
+        """One trajectory of the group is bad. The lease of a group without a good one ends."""
+        self.counts.quarantined += 1
+        self._quarantined[lease.group_id] += 1
+        if self._quarantined[lease.group_id] == lease.num_samples:
+            del self._running[lease.group_id]
+            del self._quarantined[lease.group_id]
+
+    def queued(self, lease: Lease) -> None:
+        self._queued[lease.group_id] = self._running.pop(lease.group_id).started_version
+
+    def trained(self, batch: Iterable[ScoredGroup]) -> None:
+        """The batch is in the experience log: its leases end."""
+        for group in batch:
+            del self._queued[group.group_id]
+            self._quarantined.pop(group.group_id, None)
+            self.counts.trained += len(group.samples)
+
+    @property
+    def open_prompts(self) -> list[Prompt]:
+        """Prompts of running leases, oldest first: what a resumed run issues first."""
+        return [lease.prompt for lease in self._running.values()]
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint. Running leases are not in it: they are issued again, under new ids."""
+        running = sum(lease.num_samples - self._quarantined[group] for group, lease in self._running.items())
+        counts = asdict(self.counts) | {"expired": self.counts.expired + running}
+        return {"next_group": self.next_group, "counts": counts}
+
+    def restore(self, state: dict[str, Any], queued: Iterable[ScoredGroup]) -> None:
+        self.next_group = state["next_group"]
+        self.counts = LeaseCounts(**state["counts"])
+        self._queued = {group.group_id: group.started_version for group in queued}

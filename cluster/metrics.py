@@ -1,0 +1,67 @@
+"""The row that a step adds to metrics.jsonl: where the time went, and what the rewards were."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from contracts.records import ScoredRollout
+
+if TYPE_CHECKING:
+    from cluster.launch import Job
+
+
+class StepClock:
+    """Marks the parts of one step: waiting for a batch, learning, publishing."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._begun = self._learning = self._done = time.monotonic()
+        self._idle = self._idle_seconds()
+        self._generating = job.pool.busy.seconds()
+        self._scoring = job.scoring.seconds()
+        self._blocked = job.queue.blocked_s
+
+    def waited(self) -> None:
+        self._learning = time.monotonic()
+
+    def learned(self) -> None:
+        self._done = time.monotonic()
+
+    def row(self, samples: Sequence[ScoredRollout]) -> dict[str, Any]:
+        """The step's times in seconds; `generate_s` and `score_s` count overlapping work once."""
+        job, step_s = self._job, time.monotonic() - self._begun
+        learn_s = self._done - self._learning
+        idle_s = (self._idle_seconds() - self._idle) / max(len(job.pool.workers), 1)
+        return {
+            "step": job.version,
+            "weights_version": job.version,
+            "time": time.time(),
+            "step_s": step_s,
+            "samples_per_s": len(samples) / step_s,
+            "wait_s": self._learning - self._begun,
+            "learn_s": learn_s,
+            "generate_s": job.pool.busy.seconds() - self._generating,
+            "score_s": job.scoring.seconds() - self._scoring,
+            "queue_blocked_s": job.queue.blocked_s - self._blocked,
+            "learner_busy_fraction": learn_s / step_s,
+            "rollout_idle_fraction": min(1.0, max(0.0, idle_s / step_s)),
+            "samples": len(samples),
+            "trajectories_issued": job.leases.counts.issued,
+            "trajectories_trained": job.leases.counts.trained,
+            "trajectories_quarantined": job.leases.counts.quarantined,
+            "trajectories_expired": job.leases.counts.expired,
+        }
+
+    def _idle_seconds(self) -> float:
+        now = time.monotonic()
+        return sum(now - worker.since - worker.busy.seconds() for worker in self._job.pool.workers)
+
+
+def reward_metrics(samples: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Mean of the reward and of each component over a batch."""
+    means = {"reward_mean": sum(sample.reward for sample in samples) / len(samples)}
+    for name in samples[0].reward_components:
+        means[f"reward/{name}"] = sum(sample.reward_components[name] for sample in samples) / len(samples)
+    return means

@@ -1,0 +1,198 @@
+"""Before PPO: comparisons from a file or from a simulated panel, and the reward model trained on them.
+
+The simulated voters stand in for people and are called simulated wherever they appear. They see the hidden gold
+judge through their own reliability; training sees their votes alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.pool import RolloutPool
+from actors.reward import ScoreRequest, call_function, load_function
+from actors.rollout import RolloutRequest
+from cluster.progress import Progress
+from cluster.run_log import write_json
+from contracts.config import Config, ConfigError, SimulatedVotes
+from contracts.records import Comparison, Prompt, Rollout
+from contracts.seeds import derive_seed
+from contracts.waiting import answer
+from feedback.formats import read_preferences, write_preferences
+from feedback.quality import Aggregate, comparisons, dawid_skene
+from feedback.simulate import Pair, simulate_votes
+from learner.reward_model import RewardModelReport, train_reward_model
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Comparisons and how they came about."""
+
+    comparisons: list[Comparison]
+    dropped: dict[str, int]
+    pairs: int
+    votes: int
+    voters: dict[str, float]
+    agreement_with_gold: float | None
+
+
+def trained_reward_model(run_dir: Path) -> Path:
+    return run_dir / "reward_model"
+
+
+async def prepare_reward_model(
+    config: Config, prompts: Sequence[Prompt], pool: RolloutPool, *, model_path: str, progress: Progress
+) -> None:
+    """Collect comparisons, write them as preferences.parquet, train the reward model on them.
+
+    Raises:
+        ConfigError: too few comparisons are left to train on.
+    """
+    section = config.preferences
+    assert section is not None
+    if section.simulate is not None:
+        preferences = await _ask_simulated_panel(config, section.simulate, prompts, pool, progress)
+    else:
+        assert section.path is not None
+        rows, dropped = read_preferences(section.path)
+        preferences = Preferences(rows, dropped, len(rows) + sum(dropped.values()), 0, {}, None)
+    write_preferences(preferences.comparisons, config.output_dir / "preferences.parquet")
+    progress.phase(f"Training the reward model on {len(preferences.comparisons)} comparisons")
+    report = await _train(config, preferences.comparisons, model_path=model_path, progress=progress)
+    write_json(config.output_dir / "preferences.json", _record(preferences, report, section.simulate is not None))
+    progress.note(
+        f"reward model: right on {report.held_out_accuracy:.0%} of {report.held_out_pairs} held-out comparisons "
+        f"(95 % interval {report.held_out_accuracy_low:.0%} to {report.held_out_accuracy_high:.0%}), "
+        f"{report.seconds:.0f} s"
+    )
+
+
+async def _ask_simulated_panel(
+    config: Config, panel: SimulatedVotes, prompts: Sequence[Prompt], pool: RolloutPool, progress: Progress
+) -> Preferences:
+    progress.phase(f"Sampling {panel.pairs} pairs of responses for the simulated voters")
+    asked = [prompts[index % len(prompts)] for index in range(panel.pairs)]
+    both = await sample(
+        config, [prompt for prompt in asked for _ in range(2)], pool, purpose="pairs", progress=progress
+    )
+    pairs = [
+        Pair(
+            f"pair-{index:05d}", prompt.prompt_id, prompt.text, first.response_text, second.response_text, prompt.domain
+        )
+        for index, (prompt, first, second) in enumerate(zip(asked, both[::2], both[1::2], strict=True))
+    ]
+    gold_a, gold_b = await asyncio.gather(
+        *(asyncio.to_thread(_gold, panel.gold, asked, rollouts) for rollouts in (both[::2], both[1::2]))
+    )
+    votes = simulate_votes(pairs, gold_a, gold_b, panel, seed=derive_seed(config.seed, "votes"))
+    aggregate = dawid_skene(votes)
+    kept, dropped = comparisons(pairs, aggregate)
+    agreement = _agreement(aggregate, pairs, gold_a, gold_b)
+    voters = len(aggregate.reliability)
+    progress.note(
+        f"{len(votes)} votes from {voters} simulated voters (not people) on {len(pairs)} pairs: {len(kept)} "
+        f"comparisons, {agreement:.0%} of them as the hidden gold judge has it; dropped: {dropped or 'none'}"
+    )
+    return Preferences(kept, dropped, len(pairs), len(votes), dict(aggregate.reliability), agreement)
+
+
+async def sample(
+    config: Config, prompts: Sequence[Prompt], pool: RolloutPool, *, purpose: str, progress: Progress
+) -> list[Rollout]:
+    """One response to each prompt, outside the training stream and in the order of the prompts."""
+    done = 0
+
+    async def one(index: int, prompt: Prompt) -> Rollout:
+        nonlocal done
+        request = RolloutRequest(
+            trajectory_id=f"{purpose}-{index}",
+            prompt_id=prompt.prompt_id,
+            group_id=purpose,
+            prompt_tokens=prompt.tokens,
+            max_tokens=config.sampling.max_response_tokens,
+            temperature=config.sampling.temperature,
+            seed=derive_seed(config.seed, purpose, index),
+        )
+        rollout = await pool.generate_somewhere(request, deadline_s=config.deadlines.lease_s)
+        done += 1
+        progress.waiting(f"responses: {done} of {len(prompts)}" if done < len(prompts) else "")
+        return rollout
+
+    return list(await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts))))
+
+
+def _gold(function: str, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[float]:
+    requests = [
+        ScoreRequest(list(prompt.messages), prompt.text, rollout.response_text, prompt.columns)
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
+    return call_function(load_function(function), requests)
+
+
+def _agreement(aggregate: Aggregate, pairs: Sequence[Pair], gold_a: Sequence[float], gold_b: Sequence[float]) -> float:
+    """Share of decided pairs, gold ties aside, on which the aggregate names the side that gold scores higher."""
+    decided = [
+        (aggregate.probability_a[pair.pair_id] > 0.5) == (a > b)
+        for pair, a, b in zip(pairs, gold_a, gold_b, strict=True)
+        if a != b and aggregate.probability_a[pair.pair_id] != 0.5
+    ]
+    return sum(decided) / len(decided) if decided else 0.0
+
+
+async def _train(
+    config: Config, rows: Sequence[Comparison], *, model_path: str, progress: Progress
+) -> RewardModelReport:
+    section = config.preferences
+    assert section is not None
+    base = section.reward_model.base or model_path
+    worker = config.reward_workers
+    task: Any = ray.remote(_train_remotely)  # type: ignore[arg-type]
+    ref = task.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, max_retries=0).remote(
+        list(rows),
+        section.reward_model,
+        base=base,
+        output_dir=str(trained_reward_model(config.output_dir).resolve()),
+        seed=config.seed,
+        threads=worker.threads,
+        device="cuda" if worker.num_gpus else "cpu",
+    )
+    progress.waiting("the reward model's training")
+    try:
+        report: RewardModelReport = await answer(
+            ref, who="the reward model's trainer", asked="finish", deadline_s=config.deadlines.learn_s
+        )
+    except ValueError as error:
+        raise ConfigError(f"preferences: {error}") from error
+    finally:
+        progress.waiting("")
+    return report
+
+
+def _train_remotely(rows: list[Comparison], config: Any, *, output_dir: str, **options: Any) -> RewardModelReport:
+    return train_reward_model(rows, config, output_dir=Path(output_dir), **options)
+
+
+def _record(preferences: Preferences, report: RewardModelReport, simulated: bool) -> dict[str, Any]:
+    accuracy = {
+        "mean": report.held_out_accuracy,
+        "low": report.held_out_accuracy_low,
+        "high": report.held_out_accuracy_high,
+        "n": report.held_out_prompts,
+    }
+    reward_model = {"held_out_accuracy": accuracy, "reward_version": report.reward_version}
+    reward_model |= {name: asdict(report)[name] for name in ("train_pairs", "held_out_pairs", "seconds")}
+    return {
+        "schema_version": 1,
+        "simulated": simulated,
+        "pairs": preferences.pairs,
+        "votes": preferences.votes,
+        "dropped": preferences.dropped,
+        "voters": preferences.voters,
+        "agreement_with_gold": preferences.agreement_with_gold,
+        "reward_model": reward_model,
+    }

@@ -1,0 +1,128 @@
+"""From a checked configuration to a job that is ready to train: everything started, everything restored."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from transformers import AutoTokenizer
+
+from actors.pool import RolloutPool
+from actors.prompts import PromptStream, render
+from cluster import launch, recover
+from cluster.launch import Job
+from cluster.leases import LeaseBook
+from cluster.preferences import prepare_reward_model, trained_reward_model
+from cluster.preflight import Preflight
+from cluster.progress import Progress
+from cluster.run_log import RunLog, write_json
+from cluster.software import versions
+from contracts.config import Config, ConfigError, dump
+from contracts.records import Prompt
+from learner import checkpoint as checkpoints
+from learner.experience_queue import ExperienceQueue, StalenessBound
+from models import bundled
+
+
+async def prepare(
+    config: Config, preflight: Preflight, progress: Progress, stopping: asyncio.Event, stack: AsyncExitStack
+) -> Job:
+    """Start Ray, the rollout actors, replicas and the learner; train the reward model; restore a resumed run.
+
+    What it starts is stopped when `stack` closes.
+    """
+    saved = resumed_checkpoint(config, preflight, progress)
+    progress.phase(f"Loading {config.model.path}")
+    base_path = await asyncio.to_thread(bundled.resolve, config.model.path)
+    tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, base_path)
+    prompts, eval_prompts = render_prompts(config, preflight, tokenizer, progress)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    write_json(config.output_dir / "environment.json", versions())
+    log = RunLog(config.output_dir, resume_step=saved.step if saved else None, tensorboard=config.logging.tensorboard)
+    stack.callback(log.close)
+
+    run_id = launch.new_run_id()
+    await stack.enter_async_context(launch.cluster(config, run_id, progress))
+    version = saved.step if saved else 0
+    policy_path = str(saved.policy.resolve()) if saved else base_path
+    pool = RolloutPool(
+        config.model, config.rollout, config.deadlines, path=policy_path, version=version, seed=config.seed
+    )
+    stack.push_async_callback(pool.stop)
+    progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
+    learner = launch.start_learner(config, policy_path, saved.state / "learner.pt" if saved else None)
+    progress.waiting("models to load")
+    reference, parameters, _ = await asyncio.gather(
+        launch.deploy_reference_model(config, base_path, run_id), learner.ready(), pool.start()
+    )
+    progress.note(f"policy: {parameters / 1e6:.0f}M parameters with its value head")
+    if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
+        await prepare_reward_model(config, prompts, pool, model_path=base_path, progress=progress)
+    progress.phase("Starting the reward replicas")
+    trained = trained_reward_model(config.output_dir).resolve()
+    rewards, judges = await asyncio.gather(
+        launch.deploy_components(config, config.rewards, run_id, trained_model=trained),
+        launch.deploy_components(config, config.evaluation.judges, run_id, trained_model=trained),
+    )
+    progress.waiting("")
+
+    bound = StalenessBound(config.streaming.max_lag_steps, config.ppo.batch_size // config.ppo.samples_per_prompt)
+    job = Job(
+        config=config,
+        run_id=run_id,
+        prompts=PromptStream(prompts, seed=config.seed),
+        eval_prompts=eval_prompts,
+        pool=pool,
+        learner=learner,
+        rewards=rewards,
+        judges=judges,
+        reference=reference,
+        queue=ExperienceQueue(bound, max_samples=config.queue_samples, max_bytes=config.streaming.queue_bytes),
+        leases=LeaseBook(bound, config.ppo.samples_per_prompt),
+        log=log,
+        progress=progress,
+        stopping=stopping,
+        version=version,
+        choosing=version,
+    )
+    pool.on_change = lambda event: worker_changed(job, event)
+    if saved is not None:
+        await recover.restore(job, saved, prompts)
+    return job
+
+
+def worker_changed(job: Job, event: str) -> None:
+    """Show it, and let groups that wait for a worker look again."""
+    job.progress.note(event)
+    asyncio.get_running_loop().create_task(job.notify())
+
+
+def resumed_checkpoint(config: Config, preflight: Preflight, progress: Progress) -> checkpoints.Checkpoint | None:
+    """The newest checkpoint that is whole; says which newer ones were passed over.
+
+    Raises:
+        ConfigError: none is.
+    """
+    if preflight.resume_step is None:
+        return None
+    saved, problems = checkpoints.newest_whole(config.output_dir)
+    for problem in problems:
+        progress.warn(f"passed over a damaged checkpoint: {problem}")
+    if saved is None:
+        raise ConfigError(f"output_dir {config.output_dir}: no checkpoint is whole: {problems[0]}")
+    progress.note(f"resuming after step {saved.step}")
+    return saved
+
+
+def render_prompts(
+    config: Config, preflight: Preflight, tokenizer: object, progress: Progress
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts as tokens; too long ones are skipped and counted."""
+    options = {"system": config.prompts.system, "max_prompt_tokens": config.max_prompt_tokens}
+    prompts, skipped = render(preflight.train_rows, tokenizer, **options)  # type: ignore[arg-type]
+    eval_prompts, eval_skipped = render(preflight.eval_rows, tokenizer, **options)  # type: ignore[arg-type]
+    progress.note(f"prompts: {len(prompts)} to train on, {len(eval_prompts)} held out")
+    if skipped or eval_skipped:
+        progress.warn(f"{skipped + eval_skipped} prompts are longer than {config.max_prompt_tokens} tokens: skipped")
+    return prompts, eval_prompts

@@ -1,0 +1,128 @@
+"""What a run does when something goes wrong, and the checkpoints that let it go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from actors.pool import WorkerLost
+from cluster.evaluate import Evaluation, from_record, record
+from cluster.launch import Job
+from cluster.leases import Lease
+from cluster.run_log import write_json
+from contracts.records import SCHEMA_VERSION, Prompt, Rollout, experience_records, experience_table
+from contracts.waiting import NoAnswer
+from learner import checkpoint as checkpoints
+from learner.experience_queue import ScoredGroup
+
+_MIN_BAD = 4  # a share says nothing about a handful
+
+
+class TooManyBad(RuntimeError):
+    """A larger share of trajectories than allowed could not be scored."""
+
+
+async def lease_failed(job: Job, lease: Lease, errors: Sequence[BaseException]) -> None:
+    """Decide about a group of which not every sample came back.
+
+    A dead worker's group is sent again; an overdue one is expired and its prompt issued anew. Anything else, and
+    either of the two too often, ends the run with the first error.
+    """
+    for error in errors:
+        if not isinstance(error, (WorkerLost, NoAnswer)):
+            raise error
+    limit = job.config.streaming.max_attempts
+    overdue = [error for error in errors if isinstance(error, NoAnswer)]
+    if overdue:
+        job.expired_in_a_row += 1
+        if job.expired_in_a_row > limit:
+            raise RuntimeError(f"{job.expired_in_a_row} prompt groups in a row expired; the last: {overdue[0]}")
+        job.leases.expire(lease)
+        job.pending.append(lease.prompt)
+        job.progress.warn(f"{lease.group_id} expired and is issued again: {overdue[0]}")
+        await job.notify()
+    elif lease.attempt >= limit:
+        raise RuntimeError(f"{lease.group_id} lost its worker {lease.attempt} times; the last: {errors[0]}")
+
+
+async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -> None:
+    """Keep a trajectory that could not be scored in quarantine.jsonl; the step goes on without it."""
+    job.leases.quarantine(lease)
+    job.bad_since_batch += 1
+    job.log.quarantine(
+        step=job.version + 1,
+        trajectory_id=rollout.trajectory_id,
+        prompt_id=rollout.prompt_id,
+        reason=reason,
+        response=rollout.response_text,
+    )
+    if job.bad_since_batch == 1:
+        job.progress.warn(f"quarantined {rollout.trajectory_id}: {reason}")
+    stop_if_too_many_bad(job, job.config.ppo.batch_size)
+    await job.notify()
+
+
+def stop_if_too_many_bad(job: Job, good: int) -> None:
+    """Raise TooManyBad if the quarantined share since the last batch exceeds `streaming.max_bad_fraction`."""
+    bad, allowed = job.bad_since_batch, job.config.streaming.max_bad_fraction
+    if bad >= _MIN_BAD and bad > allowed * (bad + good):
+        raise TooManyBad(
+            f"{bad} of {bad + good} trajectories of step {job.version + 1} could not be scored "
+            f"(streaming.max_bad_fraction {allowed:g}); reasons are in {job.log.run_dir / 'quarantine.jsonl'}"
+        )
+
+
+async def checkpoint(job: Job) -> None:
+    """Write a checkpoint of the published version; nothing counts before its manifest is written."""
+    step, run_dir = job.version, job.config.output_dir
+    job.progress.waiting(f"checkpoint of step {step}")
+    folder = checkpoints.begin(run_dir, step)
+    groups = job.queue.groups
+    state = {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "prompts": job.prompts.state(),
+        "leases": job.leases.state(),
+        "open_prompts": [prompt.prompt_id for prompt in (*job.leases.open_prompts, *job.pending)],
+        "queued": {group.group_id: group.started_version for group in groups},
+    }
+    write_json(folder / "state" / "run.json", state)
+    samples = [sample for group in groups for sample in group.samples]
+    pq.write_table(experience_table(samples), folder / "state" / "queue.parquet")
+    await job.learner.save(folder.resolve())
+    job.last_checkpoint = checkpoints.finish(folder, step, keep=job.config.checkpoint.keep)
+    job.progress.waiting("")
+
+
+async def restore(job: Job, saved: checkpoints.Checkpoint, prompts: Sequence[Prompt]) -> None:
+    """Put queue, leases and prompt order back as they were; open leases are issued again first."""
+    state = json.loads((saved.state / "run.json").read_text(encoding="utf-8"))
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    job.prompts.restore(state["prompts"])
+    job.pending = [by_id[prompt_id] for prompt_id in state["open_prompts"]]
+    samples = experience_records(pq.read_table(saved.state / "queue.parquet"))
+    groups = [
+        ScoredGroup(group_id, started, tuple(sample for sample in samples if sample.rollout.group_id == group_id))
+        for group_id, started in state["queued"].items()
+    ]
+    job.leases.restore(state["leases"], groups)
+    for group in groups:
+        await job.queue.put(group)
+    job.last_checkpoint = saved
+
+
+async def evaluation_before(job: Job, evaluate: Callable[[Job], Awaitable[Evaluation]]) -> Evaluation:
+    """The evaluation of the initial policy: measured now, or read back on resume."""
+    path = job.config.output_dir / "evaluation_before.json"
+    saved = _saved_evaluation(path) if job.last_checkpoint is not None else None
+    if saved is None:
+        saved = await evaluate(job)
+        write_json(path, record(saved))
+    return saved
+
+
+def _saved_evaluation(path: Path) -> Evaluation | None:
+    return from_record(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

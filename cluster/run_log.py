@@ -1,0 +1,95 @@
+"""What a run writes while it trains: metrics, experience, quarantine, TensorBoard. All of it readable at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_table
+
+
+class RunLog:
+    """The files of one run directory. On resume, rows and files past `resume_step` are removed first."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None, tensorboard: bool) -> None:
+        self.run_dir = run_dir
+        self._experience = run_dir / "experience"
+        self._experience.mkdir(parents=True, exist_ok=True)
+        self._metrics_path = run_dir / "metrics.jsonl"
+        if resume_step is not None:
+            self._cut_back(resume_step)
+        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._quarantine = (run_dir / "quarantine.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def experience(self, step: int, batch: Sequence[ScoredRollout]) -> None:
+        """Write the batch of a step, whole or not at all, before it is trained on."""
+        path = self._experience / f"step-{step:06d}.parquet"
+        partial = path.with_suffix(".partial")
+        pq.write_table(experience_table(batch), partial)
+        os.replace(partial, path)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one step's row."""
+        _append(self._metrics, row)
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def quarantine(self, *, step: int, trajectory_id: str, prompt_id: str, reason: str, response: str) -> None:
+        """Keep a bad trajectory with the reason; it is not trained on."""
+        row = {"trajectory_id": trajectory_id, "prompt_id": prompt_id, "step": step, "reason": reason}
+        _append(self._quarantine, row | {"response": response, "schema_version": SCHEMA_VERSION})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._quarantine.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _cut_back(self, step: int) -> None:
+        if self._metrics_path.exists():
+            lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            partial = self._metrics_path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self._metrics_path)
+        for path in self._experience.glob("step-*.parquet"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        for partial_folder in (self.run_dir / "checkpoints").glob("*.partial"):
+            shutil.rmtree(partial_folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _append(file: Any, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line cut off by a crash counts as past the end."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,192 @@
+"""The main loop: read it top to bottom.
+
+`run` prepares, trains and reports. Training is two coroutines that meet at a bounded queue:
+
+    collect   prompts -> rollouts -> scores -> queue       as far ahead as the staleness bound allows
+    learn     queue -> experience log -> one PPO update -> publish
+
+`publish` hands the new weights to every rollout engine. With `max_lag_steps: 0` the bound lets `collect` start
+nothing before the newest weights are out, which makes the same loop strictly on-policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from actors.pool import Worker
+from actors.reward import BadSample
+from actors.rollout import RolloutRequest
+from cluster import recover
+from cluster.evaluate import compare, evaluate
+from cluster.launch import Job
+from cluster.leases import Lease
+from cluster.metrics import StepClock, reward_metrics
+from cluster.preflight import Preflight
+from cluster.prepare import prepare
+from cluster.progress import Progress
+from cluster.report import evaluation_table, write_report
+from cluster.run_log import write_json
+from contracts.config import Config
+from contracts.records import ScoredRollout
+from contracts.seeds import derive_seed
+from contracts.waiting import NoAnswer
+from learner.experience_queue import ScoredGroup
+
+_LOOK_AGAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a run came; `finished` is False when it was asked to stop before the last step."""
+
+    step: int
+    finished: bool
+
+
+async def run(config: Config, preflight: Preflight, progress: Progress, stopping: asyncio.Event) -> Outcome:
+    """Prepare, evaluate, train, evaluate again, report. Ends early, with a checkpoint, once `stopping` is set."""
+    async with AsyncExitStack() as stack:
+        job = await prepare(config, preflight, progress, stopping, stack)
+        before = await recover.evaluation_before(job, evaluate)
+        progress.phase(f"Training with PPO: {config.steps} steps of {config.ppo.batch_size} responses")
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]
+            while job.version < config.steps and not stopping.is_set():
+                await learn(job)
+            for task in background:
+                task.cancel()
+        if job.last_checkpoint is None or job.last_checkpoint.step != job.version:
+            await recover.checkpoint(job)
+        if job.version == config.steps and not stopping.is_set():
+            after = await evaluate(job)
+            comparison = compare(before, after, shown_samples=config.evaluation.shown_samples)
+            write_json(config.output_dir / "evaluation.json", comparison)
+            progress.result(evaluation_table(comparison))
+        progress.note(f"report: {write_report(config.output_dir)}")
+        return Outcome(job.version, finished=job.version == config.steps)
+
+
+async def collect(job: Job) -> None:
+    """Keep the rollout actors full, one task a prompt group. `Job.next_lease` waits for room and freshness."""
+    async with asyncio.TaskGroup() as groups:
+        while True:
+            lease, worker = await job.next_lease()
+            groups.create_task(collect_group(job, lease, worker))
+
+
+async def collect_group(job: Job, lease: Lease, worker: Worker) -> None:
+    """Sample and score one group. Its lease ends in the queue, in quarantine, or expired and issued anew."""
+    scored: dict[str, ScoredRollout | None] = {}
+    while True:
+        missing = [trajectory for trajectory in lease.trajectory_ids if trajectory not in scored]
+        outcomes = await asyncio.gather(
+            *(collect_sample(job, lease, worker, trajectory) for trajectory in missing), return_exceptions=True
+        )
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        scored |= {
+            trajectory: outcome
+            for trajectory, outcome in zip(missing, outcomes, strict=True)
+            if not isinstance(outcome, BaseException)
+        }
+        if not errors:
+            break
+        await recover.lease_failed(job, lease, errors)
+        if any(isinstance(error, NoAnswer) for error in errors):
+            return
+        lease, worker = await job.another_worker(lease)
+    good = tuple(sample for sample in scored.values() if sample is not None)
+    if good:
+        await job.queue.put(ScoredGroup(lease.group_id, lease.started_version, good))
+        job.leases.queued(lease)
+        job.expired_in_a_row = 0
+    await job.notify()
+
+
+async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: str) -> ScoredRollout | None:
+    """One response, scored as soon as it is finished; None if it had to be quarantined."""
+    request = RolloutRequest(
+        trajectory_id=trajectory_id,
+        prompt_id=lease.prompt.prompt_id,
+        group_id=lease.group_id,
+        prompt_tokens=lease.prompt.tokens,
+        max_tokens=job.config.sampling.max_response_tokens,
+        temperature=job.config.sampling.temperature,
+        seed=derive_seed(job.config.seed, trajectory_id),
+    )
+    rollout = await job.pool.generate(worker, request, deadline_s=job.config.deadlines.lease_s)
+    await job.notify()
+    try:
+        with job.scoring:
+            (reward, components, version), reference = await asyncio.gather(
+                job.rewards.score(lease.prompt, rollout.response_text),
+                job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
+            )
+    except BadSample as bad:
+        await recover.quarantine(job, lease, rollout, reason=str(bad))
+        return None
+    return ScoredRollout(rollout, reward, components, version, reference)
+
+
+async def learn(job: Job) -> None:
+    """One step: a batch as fresh as the bound demands, into the log, one PPO update, new weights out."""
+    clock = StepClock(job)
+    batch = await next_batch(job)
+    if batch is None:
+        return
+    clock.waited()
+    samples = [sample for group in batch for sample in group.samples]
+    recover.stop_if_too_many_bad(job, len(samples))
+    job.log.experience(job.version + 1, samples)
+    job.leases.trained(batch)
+    job.progress.waiting(f"the learner: step {job.version + 1}")
+    trained = await job.learner.step(samples, training_version=job.version)
+    clock.learned()
+    sent = await publish(job, job.version + 1)
+    row = clock.row(samples) | reward_metrics(samples) | trained | sent
+    job.log.metrics(row)
+    job.progress.step(row)
+    if job.version % job.config.checkpoint.every_steps == 0:
+        await recover.checkpoint(job)
+
+
+async def next_batch(job: Job) -> list[ScoredGroup] | None:
+    """Wait for a batch that leaves no response behind to grow too old; None once the run is asked to stop.
+
+    What unblocks it: a scored group, an expired lease, `stopping`.
+    """
+    while not job.stopping.is_set():
+        batch = job.queue.ready(job.leases.running(), training_version=job.version)
+        if batch is not None:
+            await job.queue.remove(batch)
+            job.choosing = job.version + 1
+            await job.notify()
+            return batch
+        wanted = job.bound.groups_per_batch
+        job.progress.waiting(f"rollouts and scores: {min(len(job.queue), wanted)} of {wanted} groups")
+        await job.queue.wait_changed(_LOOK_AGAIN_S)
+    return None
+
+
+async def publish(job: Job, version: int) -> dict[str, Any]:
+    """Weights of `version` to every rollout engine; groups may start at it as soon as one has it."""
+    began = time.monotonic()
+    job.progress.waiting(f"engines to take version {version}")
+    update, payload = await job.learner.publish(version)
+    paused_s = await job.pool.load_weights(update, payload)
+    job.version = job.choosing = version
+    await job.notify()
+    return {
+        "broadcast_bytes": update.num_bytes,
+        "broadcast_bytes_dense": update.num_bytes,
+        "generation_paused_s": paused_s,
+        "publish_s": time.monotonic() - began,
+    }
+
+
+async def raise_pool_failure(job: Job) -> None:
+    """End the run when rollout actors keep dying; waits for as long as they do not."""
+    await asyncio.shield(job.pool.failure)

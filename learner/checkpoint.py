@@ -1,0 +1,97 @@
+"""Checkpoints that are whole or do not count: written beside, manifest last, renamed into place.
+
+A checkpoint is `checkpoints/step-NNNNNN/` with `policy/`, `state/` and `MANIFEST.json` (path -> SHA-256).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from contracts.records import SCHEMA_VERSION
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    path: Path
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; it does not count until `finish`."""
+    folder = run_dir / "checkpoints" / f"step-{step:06d}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "state").mkdir(parents=True)
+    return folder
+
+
+def finish(folder: Path, step: int, *, keep: int) -> Checkpoint:
+    """Write the manifest, make it durable, rename into place, remove all but the newest `keep`."""
+    files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = folder / MANIFEST
+    with manifest.open("w", encoding="utf-8") as file:
+        json.dump({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    final = folder.parent / f"step-{step:06d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(folder, final)
+    for old in finished(folder.parent.parent)[:-keep]:
+        shutil.rmtree(old.path)
+    return Checkpoint(step, final)
+
+
+def finished(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints with a manifest, oldest first."""
+    found = []
+    for manifest in sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")):
+        if not manifest.parent.name.endswith(".partial"):
+            found.append(Checkpoint(int(manifest.parent.name.removeprefix("step-")), manifest.parent))
+    return found
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Raise ValueError naming the first file that is missing or differs from the manifest."""
+    try:
+        manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path / MANIFEST}: not a readable manifest ({error})") from error
+    for name, expected in files.items():
+        path = checkpoint.path / name
+        if not path.is_file():
+            raise ValueError(f"{path}: named in the manifest, but missing")
+        if _sha256(path) != expected:
+            raise ValueError(f"{path}: differs from the manifest")
+
+
+def newest_whole(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were passed over."""
+    problems = []
+    for checkpoint in reversed(finished(run_dir)):
+        try:
+            verify(checkpoint)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return checkpoint, problems
+    return None, problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
