@@ -101,10 +101,11 @@ class RolloutActor:
         tensors = await payload[0]
         if digest(tensors) != update.digest:
             raise WeightsError(f"{self._actor_id}: version {update.version} arrived damaged (its digest differs)")
-        held_s = await engine.load_weights(update.version, tensors, deadline_s=deadline_s)
-        if engine.broken:
-            exit_actor()
-        return held_s
+        try:
+            return await engine.load_weights(update.version, tensors, deadline_s=deadline_s)
+        finally:
+            if engine.broken:
+                exit_actor()
 
     async def stop(self) -> None:
         if self._engine is not None:

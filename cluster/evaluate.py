@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from actors.pool import RolloutPool
 from actors.reference import ReferenceModel
-from actors.reward import RewardComponents
+from actors.reward import BadSample, RewardComponents
 from cluster.intervals import Interval, mean_interval, paired_difference
 from cluster.preferences import sample
 from cluster.progress import Progress
@@ -49,7 +49,13 @@ class Evaluation:
 
 
 async def evaluate(job: Evaluated) -> Evaluation:
-    """Sample, score and measure every held-out prompt with the policy that the engines serve."""
+    """Sample, score and measure every held-out prompt with the policy that the engines serve.
+
+    Prompts of which a response cannot be scored are left out, with a warning.
+
+    Raises:
+        BadSample: no prompt could be scored.
+    """
     repeats = job.config.evaluation.samples_per_prompt
     prompts = [prompt for prompt in job.eval_prompts for _ in range(repeats)]
     job.progress.phase(f"Evaluating version {job.version} on {len(job.eval_prompts)} held-out prompts")
@@ -57,30 +63,38 @@ async def evaluate(job: Evaluated) -> Evaluation:
     job.progress.waiting("scores of held-out responses")
     measured = await asyncio.gather(*(_measure(job, *pair) for pair in zip(prompts, rollouts, strict=True)))
     job.progress.waiting("")
-    values = {
-        name: np.asarray([row[name] for row in measured]).reshape(-1, repeats).mean(axis=1).tolist()
-        for name in measured[0]
-    }
+    groups = [measured[start : start + repeats] for start in range(0, len(measured), repeats)]
+    kept = [index for index, group in enumerate(groups) if not any(isinstance(row, BadSample) for row in group)]
+    if bad := [row for row in measured if isinstance(row, BadSample)]:
+        if not kept:
+            raise bad[0]
+        job.progress.warn(f"{len(groups) - len(kept)} held-out prompts are left out, not scored; the first: {bad[0]}")
+    scores = [[row for row in groups[index] if not isinstance(row, BadSample)] for index in kept]
+    names = list(scores[0][0]) if scores else []
+    values = {name: [float(np.mean([row[name] for row in group])) for group in scores] for name in names}
     roles = {"reward": "proxy", "kl_to_reference": "kl", "response_tokens": "length"}
     roles |= {f"reward/{handle.config.name}": "proxy" for handle in job.rewards.handles}
     roles |= {f"gold/{handle.config.name}": "gold" for handle in job.judges.handles}
     return Evaluation(
         version=job.version,
-        prompt_ids=[prompt.prompt_id for prompt in job.eval_prompts],
-        prompts=[prompt.text for prompt in job.eval_prompts],
-        responses=[rollout.response_text for rollout in rollouts[::repeats]],
-        scores=list(measured[::repeats]),
+        prompt_ids=[job.eval_prompts[index].prompt_id for index in kept],
+        prompts=[job.eval_prompts[index].text for index in kept],
+        responses=[rollouts[index * repeats].response_text for index in kept],
+        scores=[group[0] for group in scores],
         roles={name: roles.get(name, "other") for name in values},
         values=values,
     )
 
 
-async def _measure(job: Evaluated, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
-    (reward, components, _), (_, gold, _), reference = await asyncio.gather(
-        job.rewards.score(prompt, rollout.response_text),
-        job.judges.score(prompt, rollout.response_text),
-        job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
-    )
+async def _measure(job: Evaluated, prompt: Prompt, rollout: Rollout) -> dict[str, float] | BadSample:
+    try:
+        (reward, components, _), (_, gold, _), reference = await asyncio.gather(
+            job.rewards.score(prompt, rollout.response_text),
+            job.judges.score(prompt, rollout.response_text),
+            job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
+        )
+    except BadSample as bad:
+        return bad
     scores = {"reward": reward} if len(components) > 1 else {}
     scores |= {f"reward/{name}": score for name, score in components.items()}
     scores |= {f"gold/{name}": score for name, score in gold.items()}
@@ -92,7 +106,11 @@ async def _measure(job: Evaluated, prompt: Prompt, rollout: Rollout) -> dict[str
 
 
 def compare(before: Evaluation, after: Evaluation, *, shown_samples: int) -> dict[str, Any]:
-    """evaluation.json: each metric before, after and the paired difference, with 95 % intervals over prompts."""
+    """evaluation.json: each metric before, after and the paired difference, with 95 % intervals over prompts.
+
+    Only prompts that were scored both times count.
+    """
+    before, after = _only(before, after.prompt_ids), _only(after, before.prompt_ids)
     metrics = [
         {
             "name": name,
@@ -122,6 +140,21 @@ def compare(before: Evaluation, after: Evaluation, *, shown_samples: int) -> dic
         "metrics": metrics,
         "samples": samples,
     }
+
+
+def _only(evaluation: Evaluation, prompt_ids: Sequence[str]) -> Evaluation:
+    wanted = set(prompt_ids)
+    kept = [index for index, prompt_id in enumerate(evaluation.prompt_ids) if prompt_id in wanted]
+    if len(kept) == len(evaluation.prompt_ids):
+        return evaluation
+    return replace(
+        evaluation,
+        prompt_ids=[evaluation.prompt_ids[index] for index in kept],
+        prompts=[evaluation.prompts[index] for index in kept],
+        responses=[evaluation.responses[index] for index in kept],
+        scores=[evaluation.scores[index] for index in kept],
+        values={name: [values[index] for index in kept] for name, values in evaluation.values.items()},
+    )
 
 
 def intervals(evaluation: Evaluation) -> dict[str, Interval]:

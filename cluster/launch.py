@@ -85,7 +85,7 @@ class Job:
     choosing: int = 0
     pending: list[Prompt] = field(default_factory=list)
     scoring: BusyClock = field(default_factory=BusyClock)
-    bad_since_batch: int = 0
+    bad_reasons: list[str] = field(default_factory=list)  # of what was quarantined since the last batch
     expired_in_a_row: int = 0
     last_checkpoint: Checkpoint | None = None
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -93,6 +93,12 @@ class Job:
     @property
     def bound(self) -> StalenessBound:
         return self.leases.bound
+
+    @property
+    def more_wanted(self) -> bool:
+        """Whether the open groups do not yet fill all batches up to the last step."""
+        batches = self.config.steps - self.choosing
+        return self.leases.open_groups < batches * self.bound.groups_per_batch
 
     async def notify(self) -> None:
         """Something that lets waiting groups or a waiting learner go on has happened."""
@@ -108,15 +114,22 @@ class Job:
         async with self._changed:
             while True:
                 worker = self.pool.free(self.leases.num_samples)
-                if worker and self.leases.may_start(worker.version, training_version=self.choosing):
+                if (
+                    worker
+                    and self.more_wanted
+                    and self.leases.may_start(worker.version, training_version=self.choosing)
+                ):
                     prompt = self.pending.pop(0) if self.pending else self.prompts.next()
                     return self.leases.issue(prompt, version=worker.version, actor_id=worker.actor_id), worker
                 await self._changed.wait()
 
     async def another_worker(self, lease: Lease) -> tuple[Lease, Worker]:
-        """A lease whose worker died, issued again as soon as there is room elsewhere."""
+        """A lease whose worker died, issued again as soon as there is room elsewhere.
+
+        Not on weights older than it was admitted for: an engine that has yet to take them would break the bound.
+        """
         async with self._changed:
-            while (worker := self.pool.free(lease.num_samples)) is None:
+            while (worker := self.pool.free(lease.num_samples)) is None or worker.version < lease.started_version:
                 await self._changed.wait()
         return self.leases.reissue(lease, version=worker.version, actor_id=worker.actor_id), worker
 
@@ -131,8 +144,10 @@ def start_ray(config: Config, working_dir: Path) -> str:
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     search_path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
+    # Learner, engine and replicas share cores: threads that spin while they wait would take them from each other.
+    environment = {"PYTHONPATH": search_path, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {"PYTHONPATH": search_path}},
+        "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
         "logging_level": logging.WARNING,
     }
@@ -146,9 +161,12 @@ def start_ray(config: Config, working_dir: Path) -> str:
         }
     else:
         options["address"] = config.ray.address
+    # The command handles signals itself, so it is no news that Ray cannot in a thread.
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
     context = ray.init(**options)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 

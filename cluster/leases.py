@@ -62,6 +62,11 @@ class LeaseBook:
         """Groups not yet in the queue, by the version they started at."""
         return Counter(lease.started_version for lease in self._running.values())
 
+    @property
+    def open_groups(self) -> int:
+        """Groups running or queued."""
+        return len(self._running) + len(self._queued)
+
     def may_start(self, version: int, *, training_version: int) -> bool:
         """Whether one more group may start at `version` without ever breaking the staleness bound."""
         started = self.running() + Counter(self._queued.values())
@@ -75,8 +80,18 @@ class LeaseBook:
         return lease
 
     def reissue(self, lease: Lease, *, version: int, actor_id: str) -> Lease:
-        """The same trajectories on another actor, because the first one died."""
-        again = replace(lease, started_version=version, actor_id=actor_id, attempt=lease.attempt + 1)
+        """The same trajectories on another actor, because the first one died.
+
+        The group stays as old as it was: samples that had come back before are kept.
+
+        Raises:
+            ValueError: `version` is older than the one the group was admitted for.
+        """
+        if version < lease.started_version:
+            raise ValueError(
+                f"{lease.group_id}: issued again at version {version}, allowed are {lease.started_version} and later"
+            )
+        again = replace(lease, actor_id=actor_id, attempt=lease.attempt + 1)
         self._running[lease.group_id] = again
         return again
 

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 class StepClock:
-    """Marks the parts of one step: waiting for a batch, learning, publishing."""
+    """Marks the parts of a step: waiting for a batch, learning, publishing. A step begins where the last one ended."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._begin()
+
+    def _begin(self) -> None:
         self._begun = self._learning = self._done = time.monotonic()
         self._idle = self._idle_seconds()
-        self._generating = job.pool.busy.seconds()
-        self._scoring = job.scoring.seconds()
-        self._blocked = job.queue.blocked_s
+        self._generating = self._job.pool.busy.seconds()
+        self._scoring = self._job.scoring.seconds()
+        self._blocked = self._job.queue.blocked_s
 
     def waited(self) -> None:
         self._learning = time.monotonic()
@@ -30,11 +33,11 @@ class StepClock:
         self._done = time.monotonic()
 
     def row(self, samples: Sequence[ScoredRollout]) -> dict[str, Any]:
-        """The step's times in seconds; `generate_s` and `score_s` count overlapping work once."""
+        """The step's times in seconds, and the begin of the next; `generate_s` and `score_s` count overlaps once."""
         job, step_s = self._job, time.monotonic() - self._begun
         learn_s = self._done - self._learning
         idle_s = (self._idle_seconds() - self._idle) / max(len(job.pool.workers), 1)
-        return {
+        row = {
             "step": job.version,
             "weights_version": job.version,
             "time": time.time(),
@@ -53,6 +56,8 @@ class StepClock:
             "trajectories_quarantined": job.leases.counts.quarantined,
             "trajectories_expired": job.leases.counts.expired,
         }
+        self._begin()
+        return row
 
     def _idle_seconds(self) -> float:
         now = time.monotonic()

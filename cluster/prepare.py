@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 from actors.pool import RolloutPool
 from actors.prompts import PromptStream, render
 from cluster import launch, recover
+from cluster.doctor.software import versions
 from cluster.launch import Job
 from cluster.leases import LeaseBook
 from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
 from cluster.progress import Progress
 from cluster.run_log import RunLog, write_json
-from cluster.software import versions
 from contracts.config import Config, ConfigError, dump
 from contracts.records import Prompt
 from learner import checkpoint as checkpoints

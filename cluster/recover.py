@@ -51,7 +51,7 @@ async def lease_failed(job: Job, lease: Lease, errors: Sequence[BaseException]) 
 async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -> None:
     """Keep a trajectory that could not be scored in quarantine.jsonl; the step goes on without it."""
     job.leases.quarantine(lease)
-    job.bad_since_batch += 1
+    job.bad_reasons.append(reason)
     job.log.quarantine(
         step=job.version + 1,
         trajectory_id=rollout.trajectory_id,
@@ -59,7 +59,7 @@ async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -
         reason=reason,
         response=rollout.response_text,
     )
-    if job.bad_since_batch == 1:
+    if len(job.bad_reasons) == 1:
         job.progress.warn(f"quarantined {rollout.trajectory_id}: {reason}")
     stop_if_too_many_bad(job, job.config.ppo.batch_size)
     await job.notify()
@@ -67,11 +67,12 @@ async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -
 
 def stop_if_too_many_bad(job: Job, good: int) -> None:
     """Raise TooManyBad if the quarantined share since the last batch exceeds `streaming.max_bad_fraction`."""
-    bad, allowed = job.bad_since_batch, job.config.streaming.max_bad_fraction
+    bad, allowed = len(job.bad_reasons), job.config.streaming.max_bad_fraction
     if bad >= _MIN_BAD and bad > allowed * (bad + good):
         raise TooManyBad(
             f"{bad} of {bad + good} trajectories of step {job.version + 1} could not be scored "
-            f"(streaming.max_bad_fraction {allowed:g}); reasons are in {job.log.run_dir / 'quarantine.jsonl'}"
+            f"(streaming.max_bad_fraction {allowed:g}); the last: {job.bad_reasons[-1]}; "
+            f"all are in {job.log.run_dir / 'quarantine.jsonl'}"
         )
 
 
@@ -109,8 +110,7 @@ async def restore(job: Job, saved: checkpoints.Checkpoint, prompts: Sequence[Pro
         for group_id, started in state["queued"].items()
     ]
     job.leases.restore(state["leases"], groups)
-    for group in groups:
-        await job.queue.put(group)
+    job.queue.restore(groups)
     job.last_checkpoint = saved
 
 

@@ -21,11 +21,13 @@ class RunLog:
         self.run_dir = run_dir
         self._experience = run_dir / "experience"
         self._experience.mkdir(parents=True, exist_ok=True)
-        self._metrics_path = run_dir / "metrics.jsonl"
+        metrics_path, quarantine_path = run_dir / "metrics.jsonl", run_dir / "quarantine.jsonl"
         if resume_step is not None:
+            for path in (metrics_path, quarantine_path):
+                _cut_rows(path, resume_step)
             self._cut_back(resume_step)
-        self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._quarantine = (run_dir / "quarantine.jsonl").open("a", encoding="utf-8")
+        self._metrics = metrics_path.open("a", encoding="utf-8")
+        self._quarantine = quarantine_path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
@@ -61,12 +63,6 @@ class RunLog:
             self._board.close()
 
     def _cut_back(self, step: int) -> None:
-        if self._metrics_path.exists():
-            lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            partial = self._metrics_path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self._metrics_path)
         for path in self._experience.glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
@@ -87,8 +83,17 @@ def _append(file: Any, row: Mapping[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line cut off by a crash counts as past the end."""
+def _cut_rows(path: Path, step: int) -> None:
+    """Remove the rows past `step`. Bytes, because a crash can cut a character in two."""
+    if path.exists():
+        kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; one cut off by a crash counts as past the end."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -55,8 +55,9 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
         progress.phase(f"Training with PPO: {config.steps} steps of {config.ppo.batch_size} responses")
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]
+            clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set():
-                await learn(job)
+                await learn(job, clock)
             for task in background:
                 task.cancel()
         if job.last_checkpoint is None or job.last_checkpoint.step != job.version:
@@ -131,17 +132,18 @@ async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: 
     return ScoredRollout(rollout, reward, components, version, reference)
 
 
-async def learn(job: Job) -> None:
+async def learn(job: Job, clock: StepClock) -> None:
     """One step: a batch as fresh as the bound demands, into the log, one PPO update, new weights out."""
-    clock = StepClock(job)
     batch = await next_batch(job)
     if batch is None:
         return
     clock.waited()
     samples = [sample for group in batch for sample in group.samples]
     recover.stop_if_too_many_bad(job, len(samples))
+    job.bad_reasons.clear()
     job.log.experience(job.version + 1, samples)
     job.leases.trained(batch)
+    await job.notify()
     job.progress.waiting(f"the learner: step {job.version + 1}")
     trained = await job.learner.step(samples, training_version=job.version)
     clock.learned()

@@ -58,10 +58,11 @@ def finish(folder: Path, step: int, *, keep: int) -> Checkpoint:
 def finished(run_dir: Path) -> list[Checkpoint]:
     """Checkpoints with a manifest, oldest first."""
     found = []
-    for manifest in sorted((run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")):
-        if not manifest.parent.name.endswith(".partial"):
-            found.append(Checkpoint(int(manifest.parent.name.removeprefix("step-")), manifest.parent))
-    return found
+    for manifest in (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}"):
+        number = manifest.parent.name.removeprefix("step-")
+        if number.isdecimal():  # not a .partial, nor a copy that someone made
+            found.append(Checkpoint(int(number), manifest.parent))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def verify(checkpoint: Checkpoint) -> None:

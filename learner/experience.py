@@ -5,7 +5,6 @@ B responses, T response tokens. Masks are 1 where a token counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ def to_experience(batch: Sequence[ScoredRollout]) -> Experience:
     """Tensors of a batch, response side padded with zeros to the longest response.
 
     Raises:
-        ValueError: a response is empty or a number is not finite; names the trajectory.
+        ValueError: a response is empty or a number is not finite in float32; names the trajectory.
     """
     width = max(len(sample.rollout.response_tokens) for sample in batch)
     mask_BT = torch.zeros(len(batch), width, dtype=torch.bool)
@@ -77,7 +76,7 @@ def _refuse_bad(sample: ScoredRollout) -> None:
     if not rollout.response_tokens:
         raise ValueError(f"trajectory {rollout.trajectory_id}: the response is empty")
     for name, values in numbers.items():
-        if not all(map(math.isfinite, values)):
+        if not torch.tensor(values, dtype=torch.float32).isfinite().all():  # 1e39 is infinite there
             raise ValueError(f"trajectory {rollout.trajectory_id}: {name} is not finite")
 
 

@@ -81,6 +81,8 @@ class ExperienceQueue:
         self._accepted: set[str] = set()
         self._changed = asyncio.Condition()
         self._learner_waits = False
+        self._changes = 0
+        self._seen = 0
         self.blocked_s = 0.0
 
     def __len__(self) -> int:
@@ -112,12 +114,20 @@ class ExperienceQueue:
                 return False
             self._accepted.add(group.group_id)
             self._groups[group.group_id] = group
+            self._changes += 1
             self._changed.notify_all()
             return True
+
+    def restore(self, groups: Iterable[ScoredGroup]) -> None:
+        """Store a checkpoint's groups, over the bound too: nobody takes any out before the run goes on."""
+        for group in groups:
+            self._accepted.add(group.group_id)
+            self._groups[group.group_id] = group
 
     async def notify(self) -> None:
         """Something that decides whether a batch may be taken has changed outside the queue."""
         async with self._changed:
+            self._changes += 1
             self._changed.notify_all()
 
     def ready(self, running: Mapping[int, int], *, training_version: int) -> list[ScoredGroup] | None:
@@ -125,6 +135,7 @@ class ExperienceQueue:
 
         `running` are the groups not yet in the queue, by the version they started at.
         """
+        self._seen = self._changes
         oldest_first = sorted(self._groups.values(), key=lambda group: group.started_version)
         batch = oldest_first[: self._bound.groups_per_batch]
         if len(batch) < self._bound.groups_per_batch:
@@ -134,12 +145,12 @@ class ExperienceQueue:
         return batch if self._bound.holds_after(left, training_version=training_version) else None
 
     async def wait_changed(self, timeout_s: float) -> None:
-        """Wait until something was put or notified, at most `timeout_s`."""
+        """Wait until something was put or notified since the last `ready`, at most `timeout_s`."""
         async with self._changed:
             self._learner_waits = True
             self._changed.notify_all()
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._changes != self._seen), timeout_s)
             except TimeoutError:
                 return
 

@@ -6,6 +6,7 @@ deadline (`deadlines.learn_s`, `deadlines.checkpoint_s`) and names this actor in
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,10 @@ class Learner:
         state.mkdir(parents=True, exist_ok=True)
         model = self._learner.policy.model
         tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-        previous, model.config.dtype = model.config.dtype, torch.bfloat16
         model.save_pretrained(policy, state_dict=tensors)
-        model.config.dtype = previous
+        # save_pretrained names the dtype of the masters, not of the tensors that it has written.
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.bfloat16
+        config.save_pretrained(policy)
         self._tokenizer.save_pretrained(policy)
         torch.save(self._learner.state(), state / "learner.pt")

@@ -109,7 +109,7 @@ class PPOLearner:
             for rows in order.tensor_split(self.config.minibatches):
                 if len(rows):
                     _add_stats(stats, self._minibatch(experience, targets, rows.tolist()))
-        if stats["skipped_minibatches"] == self.config.epochs * self.config.minibatches:
+        if stats["skipped_minibatches"] == stats["minibatches"]:
             raise ArithmeticError(f"step {training_version + 1}: no minibatch had a finite loss and gradient norm")
         self._adapt_kl(metrics["kl_to_reference"], len(experience))
         self.step_count += 1
@@ -248,7 +248,7 @@ def _add_stats(total: Counter[str], more: dict[str, float]) -> None:
 def _batch_metrics(experience: Experience, targets: Targets, kl_BT: Tensor, entropy_BT: Tensor) -> dict[str, float]:
     mask_BT = experience.mask_BT
     valid = mask_BT.sum()
-    returns = targets.returns_BT[mask_BT]
+    returns = targets.returns_BT[mask_BT].double()  # the square of a large score overflows float32
     errors = returns - targets.values_BT[mask_BT]
     variance = returns.var(correction=0)
     gap = (targets.proximal_logprobs_BT - experience.behavior_logprobs_BT)[mask_BT].abs()

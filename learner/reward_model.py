@@ -27,7 +27,7 @@ from contracts.config import RewardModelConfig
 from contracts.records import Comparison
 from feedback.formats import split_by_prompt
 from models.bundled import resolve
-from models.reward import RewardModel, load_tokenizer, pad_right, raw_scores, render, score_head
+from models.reward import RewardModel, load_tokenizer, pad_right, quiet_loading, raw_scores, render, score_head
 
 CARD_SCHEMA_VERSION = 1
 MICRO_BATCH_TOKENS = 4096  # padded tokens that one forward pass may hold, more only for a single longer pair
@@ -206,9 +206,10 @@ def initial_model(path: str, *, name: str, seed: int) -> Any:
         ValueError: weights other than the head are missing, or the architecture has no `score` head.
     """
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"base {name}: does not load as a sequence classifier ({error})") from error
     if "score" not in dict(model.named_children()):

@@ -8,7 +8,8 @@ freeze a normalisation; plain `from_pretrained` ignores them.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
 
 from models.bundled import resolve
 
@@ -51,9 +53,10 @@ class RewardModel:
         tokenizer = load_tokenizer(str(folder), name=path)
         _check_config(folder, path)
         files = _weight_files(folder, path)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-        )
+        with quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            )
         if absent := sorted(info["missing_keys"]):
             raise ValueError(f"{path}: its files do not hold {', '.join(absent)}, which would score at random")
         if "score" not in dict(model.named_children()):
@@ -160,6 +163,17 @@ def load_tokenizer(path: str, *, name: str | None = None) -> Any:
     if tokenizer.chat_template is None:
         raise ValueError(f"{name}: its tokenizer has no chat template, so dialogues cannot be rendered for it")
     return tokenizer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' table of missing and unexpected keys: the loading info is checked by code instead."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _local_folder(path: str) -> Path:

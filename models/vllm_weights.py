@@ -4,9 +4,13 @@ Naming `HeadraceWorker` as vLLM's worker_extension_cls imports this module in ev
 before the model loads, which registers the weight transfer backend.
 """
 
+import contextlib
+import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
@@ -23,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 
 BACKEND = "headrace-file"
+OWNER_VARIABLE = "HEADRACE_ENGINE_OWNER"
 
 
 @dataclass
@@ -99,6 +104,21 @@ def repack_lm_heads(model: torch.nn.Module) -> None:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
+def end_with(owner_pid: int) -> None:
+    """Exit as soon as the process `owner_pid` is gone.
+
+    vLLM's engine core outlives an owner that was killed, with all its memory. Where the workers
+    are processes of their own, the core notices that they ended and ends too.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(owner_pid).wait()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="headrace-owner-watch", daemon=True).start()
+
+
 class HeadraceWorker:
     """Methods that vLLM's workers gain, for collective_rpc."""
 
@@ -112,3 +132,5 @@ class HeadraceWorker:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+if owner := os.environ.get(OWNER_VARIABLE):
+    end_with(int(owner))

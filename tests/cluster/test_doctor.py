@@ -13,8 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster import doctor, leftovers, software
-from cluster.doctor import Finding, diagnose, exit_status, print_findings
+from cluster.doctor import Finding, diagnose, diagnosis, exit_status, leftovers, print_findings, software
 
 
 def install(monkeypatch, **versions):
@@ -132,11 +131,11 @@ def test_missing_openmp_is_a_warning_only_for_cpu_engines(monkeypatch):
 
 
 def test_numbers_of_the_machine():
-    assert [doctor.check_cores(n).status for n in (1, 2)] == ["warn", "ok"]
-    assert [doctor.check_memory(gib).status for gib in (2, 8, 24)] == ["bad", "warn", "ok"]
-    assert [doctor.check_disk(gib).status for gib in (0.5, 5, 50)] == ["bad", "warn", "ok"]
-    assert [doctor.check_shared_memory(gib).status for gib in (0.06, 2)] == ["warn", "ok"]
-    assert [doctor.check_open_files(n).status for n in (1024, 4096, -1)] == ["warn", "ok", "ok"]
+    assert [diagnosis.check_cores(n).status for n in (1, 2)] == ["warn", "ok"]
+    assert [diagnosis.check_memory(gib).status for gib in (2, 8, 24)] == ["bad", "warn", "ok"]
+    assert [diagnosis.check_disk(gib).status for gib in (0.5, 5, 50)] == ["bad", "warn", "ok"]
+    assert [diagnosis.check_shared_memory(gib).status for gib in (0.06, 2)] == ["warn", "ok"]
+    assert [diagnosis.check_open_files(n).status for n in (1024, 4096, -1)] == ["warn", "ok", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_numbers_of_the_machine():
     ],
 )
 def test_variables_that_hurt_are_named(environment, names):
-    findings = doctor.check_environment(environment)
+    findings = diagnosis.check_environment(environment)
     assert [finding.name for finding in findings] == names
     assert all((finding.status == "ok") == (finding.name == "environment") for finding in findings)
 

@@ -9,8 +9,8 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from cluster import capacity, model_files
-from cluster.preflight import check
+from cluster.doctor import machine
+from cluster.preflight import capacity, check, model_files
 from contracts.config import ConfigError, dump, validate
 
 
@@ -285,11 +285,11 @@ def test_more_gpus_than_there_are_names_both_numbers(run, monkeypatch):
     ("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("2", 1), ("0, 1", 2), ("0,-1,1", 1), ("MIG-a,MIG-b", 2)]
 )
 def test_gpus_are_counted_from_the_environment_and_the_devices(monkeypatch, visible, count):
-    monkeypatch.setattr(capacity, "_gpu_devices", lambda: 4)
+    monkeypatch.setattr(machine, "_gpu_devices", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert capacity.visible_gpus() == count
+    assert machine.visible_gpus() == count
 
 
 def test_memory_is_refused_only_when_clearly_impossible(run, monkeypatch):

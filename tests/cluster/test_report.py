@@ -7,17 +7,10 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from cluster.report import (
-    MAX_POINTS,
-    Evaluation,
-    _thin,
-    evaluation_table,
-    headline,
-    number,
-    sentence,
-    warning,
-    write_report,
-)
+from cluster.report import evaluation_table, write_report
+from cluster.report.curves import MAX_POINTS, _thin
+from cluster.report.run_files import Evaluation
+from cluster.report.sentences import headline, number, sentence, warning
 from contracts.config import ConfigError
 
 HOSTILE = '</p><script>alert("x")</script><img src=https://evil.example/x onerror=alert(1)>{{ 7*7 }} \u202e \ud800'

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,16 @@ from learner.reward_model import (
 )
 from models.reward import RewardModel, pad_right, raw_scores
 from tests.tiny import build_tiny_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two, above all beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SIDES = ("kind", "every day", "the wheel", "a mill", "in short", "and so on", "morning", "helpful", "sorry", "turn")
 
@@ -130,15 +142,16 @@ def test_the_card_says_what_was_done(trained: tuple[RewardModelReport, Path, lis
 
 
 def test_no_prompt_is_on_both_sides(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
     monkeypatch.setattr(training, "fit", lambda model, pairs, *args, **kwargs: seen.update(train=pairs))
     real = training.evaluate
     monkeypatch.setattr(training, "evaluate", lambda model, rows: seen.update(held_out=rows) or real(model, rows))
     rows = great_is_better(60)
     report = train_reward_model(rows, CONFIG, base=str(base), output_dir=tmp_path / "reward", seed=0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    trained_on = {tokenizer.decode(pair.chosen).partition("?")[0] for pair in seen["train"]}
-    held_out = {tokenizer.decode(pair.chosen).partition("?")[0] for pair in token_pairs_of(seen["held_out"], tokenizer)}
+    question = tokenizer.encode("?")[0]
+    trained_on = {tuple(pair.chosen[: pair.chosen.index(question)]) for pair in seen["train"]}
+    held_out = {tuple(p.chosen[: p.chosen.index(question)]) for p in token_pairs_of(seen["held_out"], tokenizer)}
     assert not trained_on & held_out
     assert len(trained_on | held_out) == 30
     assert (report.train_pairs, report.held_out_pairs) == (48, 12)
@@ -250,7 +263,7 @@ def test_bradley_terry_by_hand() -> None:
 
 def test_bradley_terry_has_its_minimum_where_the_model_agrees_with_the_voters() -> None:
     margin_B = torch.tensor([math.log(0.8 / 0.2)], requires_grad=True)
-    bradley_terry_loss(margin_B, torch.tensor([0.8]), num_pairs=1).backward()  # type: ignore[no-untyped-call]
+    bradley_terry_loss(margin_B, torch.tensor([0.8]), num_pairs=1).backward()
     assert margin_B.grad is not None
     assert margin_B.grad.item() == pytest.approx(0, abs=1e-7)
 

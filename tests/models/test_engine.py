@@ -17,15 +17,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import engine as engine_module
-from models.engine import WEIGHTS_FILE_PREFIX, Engine, Generation, WeightsError
+from models.engine import (
+    WEIGHTS_FILE_PREFIX,
+    Engine,
+    Generation,
+    WeightsError,
+    remove_leftovers,
+    weights_folder,
+)
 from tests.tiny import build_tiny_model
 
 T = TypeVar("T")
 EOS = 2
 PROMPTS = [[1, 40 + i, 7, 99, 150 + i, 30, 30 + i, 201] for i in range(4)]
-# vLLM computes in bf16 and the reference in fp32: 8 bits of mantissa on logits of about 4.
-MAX_LOGPROB_ERROR = 0.15
-MEAN_LOGPROB_ERROR = 0.03
+# vLLM computes in bf16, the reference in fp32. Over 4,800 tokens of these models vLLM was off by
+# 0.024 on average and 0.20 at most, transformers' own bf16 by 0.026 and 0.18: twice that is allowed.
+# Leaving the temperature out would be an error of 0.44 on average.
+MEAN_LOGPROB_ERROR = 0.05
+MAX_LOGPROB_ERROR = 0.4
 
 
 class LoopThread:
@@ -101,8 +110,7 @@ def reference_logprobs(folder: Path, prompt: list[int], response: list[int], *, 
 
 
 def leftover_files() -> list[Path]:
-    memory = Path("/dev/shm")
-    return list(memory.glob(f"{WEIGHTS_FILE_PREFIX}{os.getpid()}-*")) if memory.is_dir() else []
+    return list(weights_folder().glob(f"{WEIGHTS_FILE_PREFIX}{os.getpid()}-*"))
 
 
 def assert_close(found: list[float], expected_T: torch.Tensor) -> None:
@@ -119,8 +127,8 @@ def test_logprobs_are_those_of_the_tempered_distribution(rig: Rig) -> None:
             for temperature in (0.7, 1.0)
         )
         assert_close(generation.behavior_logprobs, expected_T)
-        # The bound above can tell: without the temperature it would be far exceeded.
-        assert (expected_T - untempered_T).abs().max() > 2 * MAX_LOGPROB_ERROR
+        # The bound can tell: without the temperature it would be far exceeded.
+        assert (expected_T - untempered_T).abs().mean() > 4 * MEAN_LOGPROB_ERROR
 
 
 def test_a_sampled_eos_is_kept_and_none_is_added(rig: Rig) -> None:
@@ -329,3 +337,47 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_importing_the_module_does_not_import_vllm() -> None:
     code = "import sys, models.engine; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+OWNER = """
+import asyncio, psutil, sys
+from models.engine import Engine
+
+async def own() -> None:
+    await Engine.start(sys.argv[1], max_model_len=64, kv_cache_bytes=1 << 26)
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(own())
+"""
+
+
+def test_the_engine_core_ends_with_a_killed_owner(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", tied=True)
+    (tmp_path / "owner.py").write_text(OWNER)
+    command = [sys.executable, str(tmp_path / "owner.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        children = [psutil.Process(int(pid)) for pid in owner.stdout.readline().split()]
+        owner.kill()
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    assert not alive
+
+
+def test_leftover_weights_of_dead_processes_are_removed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        pass
+    stale, ours = (
+        weights_folder() / f"{WEIGHTS_FILE_PREFIX}{pid}-1-test.safetensors" for pid in (ended.pid, os.getpid())
+    )
+    for path in (stale, ours):
+        path.write_bytes(b"")
+    remove_leftovers()
+    assert not stale.exists()
+    assert ours.exists()
+    ours.unlink()

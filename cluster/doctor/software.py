@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from cluster.finding import Finding
+from cluster.doctor.finding import Finding
 
 MIN_PYTHON, MIN_RAY = (3, 11), "2.50"  # as in pyproject.toml
 _INSTALL = "into a fresh environment: pip install 'headrace[cpu]' or 'headrace[gpu]'"

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cluster.capacity import existing_ancestor
+from cluster.doctor.machine import existing_ancestor
 from contracts import config as configuration
 from contracts.config import Config, ConfigError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.finding import Finding
+from cluster.doctor.finding import Finding
 
 # models.engine.WEIGHTS_FILE_PREFIX; importing it here would import torch, which may be what is broken.
 WEIGHTS_FILE = re.compile(r"headrace-weights-(\d+)\b")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.prompts import PromptRow, read_rows, split
-from cluster import capacity, model_files
-from cluster.run_folder import check_output_dir
+from cluster.preflight import capacity, model_files
+from cluster.preflight.run_folder import check_output_dir
 from contracts.config import Config, ConfigError
 
 

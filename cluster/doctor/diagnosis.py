@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster import leftovers, software
-from cluster.capacity import GIB, available_memory_gib, free_disk_gib, visible_gpus
-from cluster.finding import Finding
-
-__all__ = ["Finding", "diagnose", "exit_status", "print_findings"]
+from cluster.doctor import leftovers, software
+from cluster.doctor.finding import Finding
+from cluster.doctor.machine import GIB, available_memory_gib, free_disk_gib, visible_gpus
 
 # `make train` stays under 12 GiB of memory; a checkpoint of its 135M model takes 2 GiB.
 ENOUGH_MEMORY_GIB, LITTLE_MEMORY_GIB = 12.0, 4.0
