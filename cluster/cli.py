@@ -142,7 +142,7 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # reward functions live in the user's working directory
     try:
-        app()
+        app(prog_name="headrace")
     except Exception as error:  # noqa: BLE001 - the last place where an error can become an exit status
         cause = first_cause(error)
         if isinstance(cause, ConfigError):

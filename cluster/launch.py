@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -170,6 +172,13 @@ def start_ray(config: Config, working_dir: Path) -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
+def take_sigterm_back() -> None:
+    """Ray's core handles SIGTERM by aborting the process 3 s later: put back the handler that Python knows."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.siginterrupt(signal.SIGTERM, False)
+
+
 def cpus_asked(config: Config) -> int:
     """Ray CPUs that all workers of a run reserve together; a local Ray offers that many, threads do the sharing."""
     replicas = len(config.rewards) + len(config.evaluation.judges)
@@ -240,6 +249,7 @@ async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncItera
     """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them."""
     progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
     dashboard = await asyncio.to_thread(start_ray, config, Path.cwd())
+    take_sigterm_back()
     if dashboard:
         progress.note(f"Ray dashboard: {dashboard}")
     try:

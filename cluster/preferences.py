@@ -151,8 +151,9 @@ async def _train(
     assert section is not None
     base = section.reward_model.base or model_path
     worker = config.reward_workers
-    task: Any = ray.remote(_train_remotely)  # type: ignore[arg-type]
-    ref = task.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, max_retries=0).remote(
+    # One call a worker: the process ends with the training, and its gigabytes with it.
+    task: Any = ray.remote(max_calls=1, max_retries=0)(_train_remotely)  # type: ignore[arg-type]
+    ref = task.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(
         list(rows),
         section.reward_model,
         base=base,

@@ -200,7 +200,7 @@ def evaluate(reward_model: RewardModel, comparisons: Sequence[Comparison]) -> di
 
 def initial_model(path: str, *, name: str, seed: int) -> Any:
     """`path` as a one-label classifier in float32. A missing score head is drawn from N(0, 1 / (H + 1)), which keeps
-    first scores small (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix C.1).
+    first scores moderate (Stiennon et al. 2020, "Learning to summarize from human feedback").
 
     Raises:
         ValueError: weights other than the head are missing, or the architecture has no `score` head.

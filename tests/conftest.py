@@ -63,6 +63,7 @@ def tiny_config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         "output_dir": str(tmp_path_factory.mktemp("runs") / "none"),
         "model": {"path": str(tiny_model), "max_context_tokens": 256},
         "prompts": {"path": "none.jsonl"},
+        "sampling": {"max_response_tokens": 200},
         "rewards": [{"name": "none", "function": "none:none"}],
         "rollout": {"num_cpus": 0.1, "kv_cache_gib": 0.1, "max_concurrent": 32},
         "reward_workers": {"num_cpus": 0.1, "threads": 1},

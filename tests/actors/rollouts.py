@@ -16,7 +16,7 @@ from tests.conftest import RunCoroutine
 
 PROMPT = [1, 40, 7, 99, 150, 30, 31, 201]
 # vLLM computes in bf16 and the direct forward in fp32: 8 bits of mantissa on logits of about 4.
-MAX_LOGPROB_ERROR = 0.15
+MAX_LOGPROB_ERROR = 0.3
 
 
 def request(name: str, *, max_tokens: int = 200, temperature: float = 1.0, seed: int = 0) -> RolloutRequest:

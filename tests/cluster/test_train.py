@@ -20,7 +20,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.cli import main
-from cluster.run_folder import finished_checkpoints
+from cluster.preflight.run_folder import finished_checkpoints
 from learner import checkpoint as checkpoints
 from tests.command import Command, rows
 
@@ -468,13 +468,13 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("prompts.path=torn.jsonl", "torn.jsonl:3: not valid JSON"),
         ("prompts.path=mute.jsonl", "mute.jsonl:2: give `prompt` (text) or `messages` (a list)"),
         ("model.path=nowhere", "model.path nowhere: no such folder"),
-        ("model.max_context_tokens=4096", "model.max_context_tokens 4096: "),
+        ("model.max_context_tokens=1024", "model.max_context_tokens 1024: "),
         ("output_dir=prompts.jsonl", "output_dir prompts.jsonl: "),
         ("resume=true", "output_dir run: there is no run to resume"),
         ("rewards=[{name: x, function: judges_of_test:none}]", "rewards.0.function judges_of_test:none: "),
         ("rewards=[{name: x, function: no_module:none}]", "rewards.0.function no_module:none: cannot be imported"),
-        ("rewards=[{name: x, model: preferences}]", "rewards: model is `preferences`, but there is no preferences"),
-        ("ppo.batch_size=33", "ppo: batch_size 33 is not divisible by samples_per_prompt 2"),
+        ("rewards=[{name: x, model: preferences}]", "config.yaml: rewards: model is `preferences`, but there is no preferences"),
+        ("ppo.batch_size=33", "config.yaml: ppo: batch_size 33 is not divisible by samples_per_prompt 2"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_nothing_written(
