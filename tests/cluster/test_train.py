@@ -473,7 +473,10 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("resume=true", "output_dir run: there is no run to resume"),
         ("rewards=[{name: x, function: judges_of_test:none}]", "rewards.0.function judges_of_test:none: "),
         ("rewards=[{name: x, function: no_module:none}]", "rewards.0.function no_module:none: cannot be imported"),
-        ("rewards=[{name: x, model: preferences}]", "config.yaml: rewards: model is `preferences`, but there is no preferences"),
+        (
+            "rewards=[{name: x, model: preferences}]",
+            "config.yaml: rewards: model is `preferences`, but there is no preferences",
+        ),
         ("ppo.batch_size=33", "config.yaml: ppo: batch_size 33 is not divisible by samples_per_prompt 2"),
     ],
 )

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from contracts.config import RewardModelConfig
 from contracts.records import Comparison
@@ -228,6 +234,32 @@ def test_two_answers_in_one_row_score_as_if_alone(base: Path) -> None:
         chosen_B, rejected_B = pair_scores(model, pairs)
         alone_2B = raw_scores(model, *pad_right([p.chosen for p in pairs] + [p.rejected for p in pairs]))
     torch.testing.assert_close(torch.cat([chosen_B, rejected_B]), alone_2B, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_every_architecture_that_shares_prompts_scores_as_if_alone(config_class: Any) -> None:
+    config = config_class(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_labels=1,
+        initializer_range=0.2,
+    )
+    assert config.model_type in training.SHARED_PROMPT_MODELS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert training.shares_prompts(model)
+    pairs = [TokenPair([1, 2, 3, 4, 5], [1, 2, 9, 8], 1.0), TokenPair([*range(10, 40)], [*range(10, 30), 7, 6], 1.0)]
+    with torch.no_grad():
+        packed_2B = torch.cat(pair_scores(model, pairs))
+        alone_2B = raw_scores(model, *pad_right([p.chosen for p in pairs] + [p.rejected for p in pairs]))
+    torch.testing.assert_close(packed_2B, alone_2B, atol=1e-4, rtol=1e-4)
+    assert alone_2B.std() > 0.05
 
 
 def test_packing_by_hand() -> None:
