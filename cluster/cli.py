@@ -15,6 +15,7 @@ import typer
 
 from contracts import config as configuration
 from contracts.config import ConfigError
+from contracts.stopping import StopRequest
 
 app = typer.Typer(
     name="headrace",
@@ -51,8 +52,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     with Progress(settings.steps) as progress:
         outcome, received = run_until_signal(lambda stopping: run(settings, preflight, progress, stopping))
     if received is not None:
-        where = f"after step {outcome.step}" if outcome is not None else "before the first checkpoint"
-        print(f"stopped {where}; continue with: headrace train {config} resume=true", file=sys.stderr)
+        print(how_to_continue(settings.output_dir, config, outcome), file=sys.stderr)
         raise SystemExit(128 + received)
 
 
@@ -79,7 +79,7 @@ def evaluate(
 
     settings = evaluation_settings(checkpoint, prompts, overrides or ())
     with Progress(0) as progress:
-        _, stopped = run_until_signal(lambda stopping: evaluate_checkpoint(settings, output, progress, stopping))
+        _, stopped = run_until_signal(lambda stopping: evaluate_checkpoint(settings, output, progress))
     if stopped is not None:
         raise SystemExit(128 + stopped)
 
@@ -96,21 +96,22 @@ def export(
 
 
 def run_until_signal(
-    start: Callable[[asyncio.Event], Coroutine[Any, Any, Any]],
+    start: Callable[[StopRequest], Coroutine[Any, Any, Any]],
 ) -> tuple[Any, int | None]:
-    """Run a coroutine that ends itself soon after the event is set; the first SIGINT or SIGTERM sets it.
+    """Run a coroutine until it ends or SIGINT or SIGTERM comes.
 
-    A second signal cancels it. Returns its result (None if cancelled) and the signal, if there was one.
+    The first signal lets it end by itself where it has said that it can (`StopRequest.graceful`), and cancels it
+    where not; a second one cancels it in any case. Returns its result (None if cancelled) and the first signal.
     """
     received: list[int] = []
 
     async def main() -> Any:
-        stopping = asyncio.Event()
+        stopping = StopRequest()
         task = asyncio.ensure_future(start(stopping))
         loop = asyncio.get_running_loop()
 
         def on_signal(number: int) -> None:
-            if received:
+            if received or not stopping.graceful:
                 task.cancel()
             else:
                 print("\nstopping: what runs is brought to an end first; again to stop at once", file=sys.stderr)
@@ -128,6 +129,14 @@ def run_until_signal(
             raise
         result = None
     return result, received[0] if received else None
+
+
+def how_to_continue(output_dir: Path, config: Path, outcome: Any) -> str:
+    """What to do after a run was stopped."""
+    if outcome is None and not any((output_dir / "checkpoints").glob("step-*/MANIFEST.json")):
+        return f"stopped before the first checkpoint; start again after removing {output_dir}"
+    where = f"after step {outcome.step}" if outcome is not None else "at once"
+    return f"stopped {where}; continue with: headrace train {config} resume=true"
 
 
 def first_cause(error: BaseException) -> BaseException:

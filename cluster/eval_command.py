@@ -72,19 +72,10 @@ def verified(folder: Path) -> checkpoints.Checkpoint:
 
 
 async def evaluate_checkpoint(
-    settings: tuple[Config, checkpoints.Checkpoint], output: Path | None, progress: Progress, stopping: asyncio.Event
-) -> Evaluation | None:
-    """Print a table of means and intervals; None if it was asked to stop first."""
-    config, saved = settings
-    work = asyncio.ensure_future(_evaluate(config, saved, progress))
-    stop = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    if not work.done():
-        work.cancel()
-        await asyncio.wait({work}, timeout=config.deadlines.stop_s)
-        return None
-    evaluation = work.result()
+    settings: tuple[Config, checkpoints.Checkpoint], output: Path | None, progress: Progress
+) -> Evaluation:
+    """Print a table of means and intervals, and write them as JSON where `output` is given."""
+    evaluation = await _evaluate(*settings, progress)
     progress.result(_table(evaluation))
     if output is not None:
         write_json(output, record(evaluation))

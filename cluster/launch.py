@@ -28,8 +28,9 @@ from cluster.leases import Lease, LeaseBook
 from cluster.progress import Progress
 from cluster.run_log import RunLog
 from contracts.clock import BusyClock
-from contracts.config import Config, RewardConfig
+from contracts.config import Config, ConfigError, RewardConfig
 from contracts.records import Prompt
+from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
 from learner.experience_queue import ExperienceQueue, StalenessBound
@@ -82,7 +83,7 @@ class Job:
     leases: LeaseBook
     log: RunLog
     progress: Progress
-    stopping: asyncio.Event
+    stopping: StopRequest
     version: int = 0
     choosing: int = 0
     pending: list[Prompt] = field(default_factory=list)
@@ -166,6 +167,7 @@ def start_ray(config: Config, working_dir: Path) -> str:
     # The command handles signals itself, so it is no news that Ray cannot in a thread.
     logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
     context = ray.init(**options)
+    check_cluster_gpus(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -177,6 +179,27 @@ def take_sigterm_back() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         signal.siginterrupt(signal.SIGTERM, False)
+
+
+def check_cluster_gpus(config: Config) -> None:
+    """Raises ConfigError where the workers ask for more GPUs than the cluster has."""
+    asked, there = gpus_asked(config), ray.cluster_resources().get("GPU", 0.0)
+    if asked > there:
+        raise ConfigError(
+            f"rollout, reward_workers, reference_workers and learner ask for {asked:g} GPUs together, the cluster has "
+            f"{there:g}; lower num_gpus or num_workers"
+        )
+
+
+def gpus_asked(config: Config) -> float:
+    """GPUs that all workers of a run reserve together."""
+    models = sum(component.model is not None for component in (*config.rewards, *config.evaluation.judges))
+    return (
+        config.rollout.num_workers * config.rollout.num_gpus
+        + models * config.reward_workers.num_replicas * config.reward_workers.num_gpus
+        + config.reference_workers.num_replicas * config.reference_workers.num_gpus
+        + config.learner.num_gpus
+    )
 
 
 def cpus_asked(config: Config) -> int:

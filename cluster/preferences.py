@@ -46,7 +46,7 @@ def trained_reward_model(run_dir: Path) -> Path:
 
 
 async def prepare_reward_model(
-    config: Config, prompts: Sequence[Prompt], pool: RolloutPool, *, model_path: str, progress: Progress
+    config: Config, prompts: Sequence[Prompt], pool: RolloutPool, *, progress: Progress
 ) -> None:
     """Collect comparisons, write them as preferences.parquet, train the reward model on them.
 
@@ -63,7 +63,7 @@ async def prepare_reward_model(
         preferences = Preferences(rows, dropped, len(rows) + sum(dropped.values()), 0, {}, None)
     write_preferences(preferences.comparisons, config.output_dir / "preferences.parquet")
     progress.phase(f"Training the reward model on {len(preferences.comparisons)} comparisons")
-    report = await _train(config, preferences.comparisons, model_path=model_path, progress=progress)
+    report = await _train(config, preferences.comparisons, progress=progress)
     write_json(config.output_dir / "preferences.json", _record(preferences, report, section.simulate is not None))
     progress.note(
         f"reward model: right on {report.held_out_accuracy:.0%} of {report.held_out_pairs} held-out comparisons "
@@ -144,12 +144,10 @@ def _agreement(aggregate: Aggregate, pairs: Sequence[Pair], gold_a: Sequence[flo
     return sum(decided) / len(decided) if decided else 0.0
 
 
-async def _train(
-    config: Config, rows: Sequence[Comparison], *, model_path: str, progress: Progress
-) -> RewardModelReport:
+async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progress) -> RewardModelReport:
     section = config.preferences
     assert section is not None
-    base = section.reward_model.base or model_path
+    base = section.reward_model.base or config.model.path  # as configured: the reward card names it
     worker = config.reward_workers
     # One call a worker: the process ends with the training, and its gigabytes with it.
     task: Any = ray.remote(max_calls=1, max_retries=0)(_train_remotely)  # type: ignore[arg-type]

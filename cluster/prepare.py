@@ -19,13 +19,14 @@ from cluster.progress import Progress
 from cluster.run_log import RunLog, write_json
 from contracts.config import Config, ConfigError, dump
 from contracts.records import Prompt
+from contracts.stopping import StopRequest
 from learner import checkpoint as checkpoints
 from learner.experience_queue import ExperienceQueue, StalenessBound
 from models import bundled
 
 
 async def prepare(
-    config: Config, preflight: Preflight, progress: Progress, stopping: asyncio.Event, stack: AsyncExitStack
+    config: Config, preflight: Preflight, progress: Progress, stopping: StopRequest, stack: AsyncExitStack
 ) -> Job:
     """Start Ray, the rollout actors, replicas and the learner; train the reward model; restore a resumed run.
 
@@ -58,7 +59,7 @@ async def prepare(
     )
     progress.note(f"policy: {parameters / 1e6:.0f}M parameters with its value head")
     if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
-        await prepare_reward_model(config, prompts, pool, model_path=base_path, progress=progress)
+        await prepare_reward_model(config, prompts, pool, progress=progress)
     progress.phase("Starting the reward replicas")
     trained = trained_reward_model(config.output_dir).resolve()
     rewards, judges = await asyncio.gather(

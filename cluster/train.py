@@ -33,6 +33,7 @@ from cluster.run_log import write_json
 from contracts.config import Config
 from contracts.records import ScoredRollout
 from contracts.seeds import derive_seed
+from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer
 from learner.experience_queue import ScoredGroup
 
@@ -47,12 +48,13 @@ class Outcome:
     finished: bool
 
 
-async def run(config: Config, preflight: Preflight, progress: Progress, stopping: asyncio.Event) -> Outcome:
-    """Prepare, evaluate, train, evaluate again, report. Ends early, with a checkpoint, once `stopping` is set."""
+async def run(config: Config, preflight: Preflight, progress: Progress, stopping: StopRequest) -> Outcome:
+    """Prepare, evaluate, train, evaluate again, report. While it trains, `stopping` ends it early with a checkpoint."""
     async with AsyncExitStack() as stack:
         job = await prepare(config, preflight, progress, stopping, stack)
         before = await recover.evaluation_before(job, evaluate)
         progress.phase(f"Training with PPO: {config.steps} steps of {config.ppo.batch_size} responses")
+        stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]
             clock = StepClock(job)
@@ -62,6 +64,7 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
                 task.cancel()
         if job.last_checkpoint is None or job.last_checkpoint.step != job.version:
             await recover.checkpoint(job)
+        stopping.graceful = False
         if job.version == config.steps and not stopping.is_set():
             after = await evaluate(job)
             comparison = compare(before, after, shown_samples=config.evaluation.shown_samples)
