@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.loopback import stay_on_loopback
 from contracts import config as configuration
 from contracts.config import ConfigError
 from contracts.stopping import StopRequest
@@ -46,6 +47,8 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from cluster.preflight import check  # imports are slow, and `--help` should not be
 
     preflight = check(settings)
+    if settings.ray.address is None:
+        stay_on_loopback()
     from cluster.progress import Progress
     from cluster.train import run
 
@@ -74,10 +77,14 @@ def evaluate(
     overrides: OverridesArgument = None,
 ) -> None:
     """Sample and score a checkpoint's policy on prompts, with the run's own rewards and judges."""
-    from cluster.eval_command import evaluate_checkpoint, evaluation_settings
-    from cluster.progress import Progress
+    from cluster.checkpoints import evaluation_settings
 
     settings = evaluation_settings(checkpoint, prompts, overrides or ())
+    if settings[0].ray.address is None:
+        stay_on_loopback()
+    from cluster.eval_command import evaluate_checkpoint
+    from cluster.progress import Progress
+
     with Progress(0) as progress:
         _, stopped = run_until_signal(lambda stopping: evaluate_checkpoint(settings, output, progress))
     if stopped is not None:

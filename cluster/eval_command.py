@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from cluster.evaluate import Evaluation, evaluate, intervals, record
 from cluster.preferences import trained_reward_model
 from cluster.progress import Progress
 from cluster.run_log import write_json
-from contracts import config as configuration
-from contracts.config import Config, ConfigError
+from contracts.config import Config
 from contracts.records import Prompt
 from learner import checkpoint as checkpoints
 from models import bundled
@@ -39,36 +37,6 @@ class CheckpointJob:
     reference: ReferenceModel
     progress: Progress
     version: int
-
-
-def evaluation_settings(folder: Path, prompts: Path, overrides: Sequence[str]) -> tuple[Config, checkpoints.Checkpoint]:
-    """The run's configuration with `prompts` in place of its own, and the verified checkpoint.
-
-    Raises:
-        ConfigError: the folder is not a whole checkpoint of a run.
-    """
-    saved = verified(folder)
-    run_dir = folder.resolve().parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: not inside a run: {run_dir / 'config.yaml'} is missing")
-    return configuration.load(run_dir / "config.yaml", [f"prompts.path={prompts}", *overrides]), saved
-
-
-def verified(folder: Path) -> checkpoints.Checkpoint:
-    """The checkpoint at `folder`, every file checked against its manifest.
-
-    Raises:
-        ConfigError: it is none, or damaged.
-    """
-    name = folder.resolve().name.removeprefix("step-")
-    if not name.isdigit():
-        raise ConfigError(f"{folder}: not a checkpoint; name one such as runs/NAME/checkpoints/step-000020")
-    saved = checkpoints.Checkpoint(int(name), folder.resolve())
-    try:
-        checkpoints.verify(saved)
-    except ValueError as error:
-        raise ConfigError(f"{folder}: not a whole checkpoint: {error}") from error
-    return saved
 
 
 async def evaluate_checkpoint(

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cluster.eval_command import verified
+from cluster.checkpoints import verified
 from contracts.config import ConfigError
 
 

@@ -25,6 +25,7 @@ from actors.prompts import PromptStream
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.leases import Lease, LeaseBook
+from cluster.loopback import LOOPBACK
 from cluster.progress import Progress
 from cluster.run_log import RunLog
 from contracts.clock import BusyClock
@@ -139,11 +140,6 @@ class Job:
 
 def start_ray(config: Config, working_dir: Path) -> str:
     """Connect to the configured cluster, or start a local Ray on loopback alone. Returns the dashboard's URL."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without it Ray rewrites the address and listens on every interface.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # A local ray.init otherwise switches token authentication on and leaves a token that later clusters pick up.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     search_path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
@@ -160,13 +156,17 @@ def start_ray(config: Config, working_dir: Path) -> str:
             "num_cpus": config.ray.num_cpus or cpus_asked(config),
             "object_store_memory": int(config.ray.object_store_gib * 2**30),
             "include_dashboard": config.ray.dashboard,
-            "dashboard_host": "127.0.0.1",
+            "dashboard_host": LOOPBACK,
         }
     else:
         options["address"] = config.ray.address
     # The command handles signals itself, so it is no news that Ray cannot in a thread.
     logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
-    context = ray.init(**options)
+    context: Any = ray.init(**options)
+    bound_to = context.address_info["node_ip_address"]
+    if config.ray.address is None and bound_to != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
     check_cluster_gpus(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

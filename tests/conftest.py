@@ -11,9 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+from cluster.loopback import stay_on_loopback
 from contracts.config import Config, validate
 from tests.command import Processes
 from tests.tiny import build_tiny_model
+
+stay_on_loopback()  # before any test module imports Ray
 
 T = TypeVar("T")
 

@@ -434,6 +434,19 @@ def test_a_reward_that_always_raises_ends_the_run_with_its_reason(
     assert ended.metrics == b""
 
 
+def test_ctrl_c_while_models_load_ends_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    write_config(tmp_path, write_project(tmp_path, tiny_model))
+    with Command("train", "config.yaml", cwd=tmp_path) as command:
+        command.until(lambda: bool(command.processes.alive("ray::RolloutActor")), "a rollout actor")
+        command.ctrl_c()
+        ended = end(command, tmp_path / "run")
+    assert ended.status == 130, ended.output
+    assert ended.left == []
+    assert (ended.metrics, ended.checkpoints) == (b"", [])
+    assert ended.output.splitlines()[-1] == "stopped before the first checkpoint; start again after removing run"
+    assert "Traceback" not in ended.output
+
+
 def headrace(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The command in this process: (exit status, stdout, stderr)."""
     with pytest.MonkeyPatch.context() as patch:

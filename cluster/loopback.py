@@ -1,0 +1,31 @@
+"""A local Ray that nobody outside this machine can reach.
+
+Ray decides when it is imported whether it may listen on every interface, so this has to come first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+LOOPBACK = "127.0.0.1"
+
+_SETTINGS = {
+    # Without it Ray rewrites the address and listens on every interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # A local ray.init otherwise switches token authentication on and leaves a token that later clusters pick up.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def stay_on_loopback() -> None:
+    """Set what keeps a local Ray on loopback; call it before anything imports Ray.
+
+    Raises:
+        RuntimeError: Ray is imported already, and set to listen on every interface.
+    """
+    if "ray" in sys.modules and os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0":
+        raise RuntimeError("ray was imported before cluster.loopback.stay_on_loopback() was called")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,46 @@
+"""Nothing of a local Ray may be reachable from another machine."""
+
+import ipaddress
+import subprocess
+import sys
+import time
+
+import psutil
+
+from tests.command import Processes
+
+
+def listening(process: psutil.Process) -> list[str]:
+    """Addresses on which a process accepts TCP connections."""
+    try:
+        return [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def on_loopback(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return (mapped or ip).is_loopback
+
+
+def test_a_local_ray_listens_on_loopback_alone(ray_session: Processes) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # daemons open their ports one after the other
+        sockets = {
+            (process.name(), address)
+            for process in psutil.Process().children(recursive=True)
+            for address in listening(process)
+        }
+        if len(sockets) >= 3:
+            break
+        time.sleep(0.2)
+    assert len(sockets) >= 3
+    assert {socket for socket in sockets if not on_loopback(socket[1])} == set()
+
+
+def test_ray_imported_first_is_an_error() -> None:
+    code = "import ray; from cluster.loopback import stay_on_loopback; stay_on_loopback()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={})
+    assert ended.returncode == 1
+    assert "ray was imported before" in ended.stderr
