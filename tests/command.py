@@ -33,7 +33,7 @@ class Processes:
         """Those that run, zombies aside, whose command line begins with `title`."""
         return [process for process in psutil.process_iter() if self._is_ours(process, title)]
 
-    def wait_gone(self, timeout_s: float = 30.0) -> list[str]:
+    def wait_gone(self, timeout_s: float = 60.0) -> list[str]:
         """Command lines of those that still run after `timeout_s`; they are killed then."""
         expires = time.monotonic() + timeout_s
         while (left := self.alive()) and time.monotonic() < expires:
