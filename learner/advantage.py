@@ -1,4 +1,4 @@
-"""From scores to advantages: shaped rewards, GAE, whitening, group baselines.
+"""From scores to advantages: overlong penalty, shaped rewards, GAE, whitening, group baselines.
 
 B responses, T response tokens, R = P·G responses (P prompts, G samples a prompt).
 mask_BT: 1 = sampled token, contiguous from t=0, bool or 0/1 of any type. What padding holds,
@@ -6,12 +6,41 @@ NaN included, never reaches a result; results are 0 there. Everything returned i
 no gradient flows through it. Results are float32, or float64 where an input is.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 GROUP_METHODS = ("grpo", "dr_grpo", "rloo", "reinforce++")
 _STD_FLOOR = 1e-6  # scores of equal responses differ in the last bits: not a signal to amplify
+# The same score through another batch is summed in another order: a few units in float32's last place (1.2e-7 of its
+# size), about 8 of which are allowed. Below size 1 the floor above, which leaves such a group next to no advantage.
+_EQUAL_TOLERANCE = 1e-6
+
+
+@torch.no_grad()
+def overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer_tokens: int, penalty: float) -> Tensor:
+    """What to add to the score of a long response: [B], from 0 down to -penalty, in reward units.
+
+    0 up to max_tokens - buffer_tokens, then linear, -penalty at max_tokens and above. Yu et al. 2025, "DAPO",
+    section 3.4, eq. 13 (soft overlong punishment), where penalty is 1, max_tokens L_max and buffer_tokens L_cache.
+
+    Args:
+        lengths_B: response lengths in tokens.
+        max_tokens: the length limit of a response.
+
+    Raises:
+        ValueError: lengths that are not [B], or a limit, buffer or penalty out of range.
+    """
+    if lengths_B.dim() != 1:
+        raise ValueError(f"lengths_B has shape {tuple(lengths_B.shape)}, allowed is [B]")
+    if not 1 <= buffer_tokens <= max_tokens:
+        raise ValueError(f"buffer_tokens is {buffer_tokens}, allowed is 1 to max_tokens = {max_tokens}")
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"penalty is {penalty}, allowed is a finite number >= 0")
+    over_B = max_tokens - buffer_tokens - lengths_B.to(_wide(lengths_B.dtype))
+    return penalty * (over_B / buffer_tokens).clamp(-1, 0)
 
 
 @torch.no_grad()
@@ -128,20 +157,12 @@ def group_advantages(rewards_R: Tensor, group_ids_R: Tensor, *, method: str) -> 
     """
     if method not in GROUP_METHODS:
         raise ValueError(f"method is {method!r}, allowed are {', '.join(GROUP_METHODS)}")
-    if rewards_R.dim() != 1 or group_ids_R.shape != rewards_R.shape:
-        raise ValueError(
-            f"rewards_R has shape {tuple(rewards_R.shape)}, group_ids_R "
-            f"{tuple(group_ids_R.shape)}, allowed is [R] for both"
-        )
-    if not rewards_R.isfinite().all():
-        bad = (~rewards_R.isfinite()).nonzero().flatten().tolist()
-        raise ValueError(f"rewards_R is not finite at {bad}")
+    _check_groups(rewards_R, group_ids_R)
     rewards64_R = rewards_R.double()
     if method == "reinforce++":
         group_ids_R = torch.zeros_like(group_ids_R)
-    _, group_R = torch.unique(group_ids_R, return_inverse=True)
     # A matrix product, not index_add: the same bits each time on a GPU too.
-    member_RP = functional.one_hot(group_R).double()
+    member_RP = _members(group_ids_R).double()
     size_R = member_RP @ member_RP.sum(0)
     centred_R = rewards64_R - member_RP @ (member_RP.T @ rewards64_R) / size_R
     others_R = (size_R - 1).clamp(min=1)
@@ -151,6 +172,49 @@ def group_advantages(rewards_R: Tensor, group_ids_R: Tensor, *, method: str) -> 
         variance_R = member_RP @ (member_RP.T @ centred_R.square()) / others_R
         centred_R = centred_R / (variance_R.sqrt() + _STD_FLOOR)
     return centred_R.to(_wide(rewards_R.dtype))
+
+
+@torch.no_grad()
+def equal_groups(rewards_R: Tensor, group_ids_R: Tensor) -> Tensor:
+    """True for every response of a group whose rewards are all equal, or that has one response: bool [R].
+
+    Such a group has no advantage, hence no gradient: DAPO drops it and samples another prompt. Yu et al. 2025,
+    "DAPO", section 3.2, eq. 11 (dynamic sampling). Give it the rewards before any length penalty or KL if groups
+    are to be judged by their answers alone. Equal means within 1e-6 of the largest reward's size, or of 1.
+
+    Args:
+        rewards_R: finite.
+        group_ids_R: integers, equal for samples of one prompt; any order, any group sizes.
+
+    Raises:
+        ValueError: shapes that disagree, rewards that are not finite.
+    """
+    _check_groups(rewards_R, group_ids_R)
+    member_RP = _members(group_ids_R)
+    if not len(rewards_R):  # there is no largest of nothing
+        return member_RP.any(1)
+    rewards_R1 = rewards_R.double()[:, None]
+    highest_P = rewards_R1.where(member_RP, -math.inf).amax(0)
+    lowest_P = rewards_R1.where(member_RP, math.inf).amin(0)
+    size_P = torch.maximum(highest_P.abs(), lowest_P.abs()).clamp(min=1)
+    equal_P = highest_P - lowest_P <= _EQUAL_TOLERANCE * size_P
+    return (member_RP & equal_P).any(1)
+
+
+def _members(group_ids_R: Tensor) -> Tensor:
+    """True where a response (row) belongs to a group (column), groups in the order of their ids."""
+    return group_ids_R[:, None] == group_ids_R.unique()
+
+
+def _check_groups(rewards_R: Tensor, group_ids_R: Tensor) -> None:
+    if rewards_R.dim() != 1 or group_ids_R.shape != rewards_R.shape:
+        raise ValueError(
+            f"rewards_R has shape {tuple(rewards_R.shape)}, group_ids_R "
+            f"{tuple(group_ids_R.shape)}, allowed is [R] for both"
+        )
+    if not rewards_R.isfinite().all():
+        bad = (~rewards_R.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"rewards_R is not finite at {bad}")
 
 
 def _valid_only(x: Tensor, valid: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.advantage import gae, group_advantages, shape_rewards, whiten
+from learner.advantage import gae, overlong_penalty, shape_rewards, whiten
 
 JUNK = [math.nan, math.inf, -math.inf, 1e30]
 MASK_TYPES = [torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16]
@@ -219,72 +219,46 @@ def test_whiten_takes_a_mask_with_gaps():
     ]
 
 
-# Group baselines: rewards 1, 5, 3 of group 7 and 2, 4 of group 3, in mixed order.
-
-REWARDS = torch.tensor([1.0, 2.0, 5.0, 4.0, 3.0])
-GROUPS = torch.tensor([7, 3, 7, 3, 7])
+# Overlong penalty: DAPO, eq. 13
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("dr_grpo", [-2, -1, 2, 1, 0]),
-        ("rloo", [1 - 4, 2 - 4, 5 - 2, 4 - 2, 3 - 3]),
-        ("grpo", [-1, -1 / math.sqrt(2), 1, 1 / math.sqrt(2), 0]),
-        ("reinforce++", [x / math.sqrt(2.5) for x in (-2, -1, 2, 1, 0)]),
-    ],
-)
-def test_group_advantages_literal_numbers(method, expected):
-    advantages = group_advantages(REWARDS, GROUPS, method=method)
-    assert advantages.dtype == torch.float32
-    assert advantages.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+def _overlong_by_hand(length, max_tokens, buffer_tokens):
+    if length <= max_tokens - buffer_tokens:
+        return 0.0
+    if length <= max_tokens:
+        return ((max_tokens - buffer_tokens) - length) / buffer_tokens
+    return -1.0
 
 
-@settings(max_examples=30, deadline=None)
+def test_overlong_penalty_literal_numbers():
+    lengths = torch.tensor([0, 11, 12, 13, 14, 16, 17, 10**6])
+    penalties = overlong_penalty(lengths, max_tokens=16, buffer_tokens=4, penalty=2.0)
+    assert penalties.tolist() == [0, 0, 0, -0.5, -1, -2, -2, -2]
+    assert penalties.dtype == torch.float32
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(-50, 50)), min_size=2, max_size=12),
-    method=st.sampled_from(["grpo", "dr_grpo", "rloo", "reinforce++"]),
+    lengths=st.lists(st.integers(0, 60), max_size=8),
+    limits=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    penalty=st.floats(0, 5),
 )
-def test_group_advantages_by_hand(rows, method):
-    advantages = group_advantages(
-        torch.tensor([r / 10 for _, r in rows]), torch.tensor([g for g, _ in rows]), method=method
-    ).tolist()
-    for i, (group, reward) in enumerate(rows):
-        same = [r / 10 for g, r in rows if method == "reinforce++" or g == group]
-        others = [r / 10 for j, (g, r) in enumerate(rows) if g == group and j != i]
-        slow = reward / 10 - statistics.fmean(same)
-        if method == "rloo":
-            slow = reward / 10 - statistics.fmean(others) if others else 0.0
-        elif method != "dr_grpo" and len(set(same)) > 1:
-            slow /= statistics.stdev(same)
-        assert advantages[i] == pytest.approx(slow, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo"])
-def test_equal_rewards_and_lone_responses_get_zero(method):
-    advantages = group_advantages(
-        torch.tensor([0.1, 0.1, 0.1, 8.0, 1.0, 2.0]),
-        torch.tensor([0, 0, 0, 1, 2, 2]),
-        method=method,
+def test_overlong_penalty_is_equation_13(lengths, limits, penalty):
+    buffer_tokens, max_tokens = sorted(limits)
+    penalties = overlong_penalty(
+        torch.tensor(lengths, dtype=torch.long), max_tokens=max_tokens, buffer_tokens=buffer_tokens, penalty=penalty
     )
-    assert advantages[:4].tolist() == [0.0] * 4
-    assert advantages[4] < 0 < advantages[5]
+    slow = [penalty * _overlong_by_hand(length, max_tokens, buffer_tokens) for length in lengths]
+    assert penalties.tolist() == pytest.approx(slow, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "reinforce++"])
-def test_a_batch_of_equal_rewards_gets_zero(method):
-    assert group_advantages(torch.full((6,), 0.3), torch.arange(6) // 2, method=method).eq(0).all()
-
-
-def test_noise_in_the_last_bits_is_not_amplified():
-    rewards = torch.tensor([1.0, 1.0 + 2**-23])
-    assert group_advantages(rewards, torch.zeros(2, dtype=torch.long), method="grpo").abs().max() < 0.1
-
-
-def test_group_advantages_refuse_bad_input():
-    with pytest.raises(ValueError, match="method is 'ppo', allowed are grpo"):
-        group_advantages(REWARDS, GROUPS, method="ppo")
-    with pytest.raises(ValueError, match="group_ids_R"):
-        group_advantages(REWARDS, GROUPS[:-1], method="grpo")
-    with pytest.raises(ValueError, match=r"not finite at \[1\]"):
-        group_advantages(torch.tensor([0.0, math.nan]), torch.tensor([0, 1]), method="grpo")
+def test_overlong_penalty_refuses_bad_input():
+    lengths = torch.ones(2)
+    for buffer_tokens in (0, 9):
+        with pytest.raises(ValueError, match=f"buffer_tokens is {buffer_tokens}, allowed is 1 to max_tokens = 8"):
+            overlong_penalty(lengths, max_tokens=8, buffer_tokens=buffer_tokens, penalty=1)
+    for penalty in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"penalty is {penalty}"):
+            overlong_penalty(lengths, max_tokens=8, buffer_tokens=2, penalty=penalty)
+    with pytest.raises(ValueError, match=r"lengths_B has shape \(1, 2\)"):
+        overlong_penalty(lengths[None], max_tokens=8, buffer_tokens=2, penalty=1)
