@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from actors.applications import run_application
 from contracts.config import ReplicaConfig
 from contracts.waiting import answer
-from models.forward import check_supported, pad_responses, response_hidden, response_logits
-from models.logprobs import token_logprobs
+from models.forward import check_supported, response_logprobs
+from models.packing import allow_packing, pack, pad, why_not_packed
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class ReferenceReplica:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
         check_supported(self._model)
+        self._packed = why_not_packed(self._model) is None
+        if self._packed:
+            allow_packing(self._model)
         self._temperature = temperature
         self.logprobs.set_max_batch_size(batch.max_batch_size)  # type: ignore[attr-defined]
         self.logprobs.set_batch_wait_timeout_s(batch.batch_wait_s)  # type: ignore[attr-defined]
@@ -51,13 +54,12 @@ class ReferenceReplica:
 
     @torch.inference_mode()
     def _logprobs(self, requests: list[ReferenceRequest]) -> list[list[float]]:
-        sequences = [[*request.prompt_tokens, *request.response_tokens] for request in requests]
-        prompt_lengths = [len(request.prompt_tokens) for request in requests]
-        batch = pad_responses(sequences, prompt_lengths, pad_token=0).to(self._device)
-        logits_BTV = response_logits(self._model, response_hidden(self._model, batch))
-        logprobs_BT = token_logprobs(logits_BTV, batch.tokens_BT, temperature=self._temperature)
-        rows = zip(logprobs_BT.tolist(), batch.lengths_B.tolist(), strict=True)
-        return [row[:length] for row, length in rows]
+        prompts = [request.prompt_tokens for request in requests]
+        responses = [request.response_tokens for request in requests]
+        batch = pack(prompts, responses, share_prompts=True) if self._packed else pad(prompts, responses)
+        tokens_N = torch.tensor([token for response in responses for token in response], device=self._device)
+        logprobs_N = response_logprobs(self._model, batch, tokens_N, temperature=self._temperature)
+        return [part.tolist() for part in logprobs_N.split(list(batch.lengths))]
 
 
 class ReferenceModel:

@@ -32,7 +32,7 @@ ConfigArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, for example ppo.learning_rate=2e-6"),
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, for example training.learning_rate=2e-6"),
 ]
 
 

@@ -32,39 +32,11 @@ from contracts.clock import BusyClock
 from contracts.config import Config, ConfigError, RewardConfig
 from contracts.records import Prompt
 from contracts.stopping import StopRequest
-from contracts.waiting import NoAnswer, answer
+from contracts.waiting import NoAnswer
 from learner.checkpoint import Checkpoint
 from learner.experience_queue import ExperienceQueue, StalenessBound
-from learner.group import Learner
-
-
-class LearnerProcess:
-    """The driver's side of the learner: every call has a deadline, every error names it."""
-
-    def __init__(self, handle: Any, config: Config) -> None:
-        self._handle = handle
-        self._deadlines = config.deadlines
-
-    async def ready(self) -> int:
-        return await self._ask(self._handle.ready.remote(), "load its model", self._deadlines.start_s)
-
-    async def step(self, batch: list[Any], *, training_version: int) -> dict[str, float]:
-        ref = self._handle.step.remote(batch, training_version=training_version)
-        return await self._ask(ref, f"train step {training_version + 1}", self._deadlines.learn_s)
-
-    async def publish(self, version: int) -> Any:
-        return await self._ask(
-            self._handle.publish.remote(version), f"publish version {version}", self._deadlines.weights_s
-        )
-
-    async def save(self, folder: Path) -> None:
-        await self._ask(self._handle.save.remote(str(folder)), "write a checkpoint", self._deadlines.checkpoint_s)
-
-    async def _ask(self, ref: Any, asked: str, deadline_s: float) -> Any:
-        try:
-            return await answer(ref, who="the learner", asked=asked, deadline_s=deadline_s)
-        except RayActorError as error:
-            raise RuntimeError(f"the learner died while asked to {asked}: {error}") from error
+from learner.group import LearnerGroup, LearnerSettings
+from models import bundled
 
 
 @dataclass
@@ -76,7 +48,7 @@ class Job:
     prompts: PromptStream
     eval_prompts: list[Prompt]
     pool: RolloutPool
-    learner: LearnerProcess
+    learner: LearnerGroup
     rewards: RewardComponents
     judges: RewardComponents
     reference: ReferenceModel
@@ -198,7 +170,7 @@ def gpus_asked(config: Config) -> float:
         config.rollout.num_workers * config.rollout.num_gpus
         + models * config.reward_workers.num_replicas * config.reward_workers.num_gpus
         + config.reference_workers.num_replicas * config.reference_workers.num_gpus
-        + config.learner.num_gpus
+        + config.learner.num_ranks * config.learner.num_gpus
     )
 
 
@@ -209,24 +181,35 @@ def cpus_asked(config: Config) -> int:
         config.rollout.num_workers * config.rollout.num_cpus
         + replicas * config.reward_workers.num_replicas * config.reward_workers.num_cpus
         + config.reference_workers.num_replicas * config.reference_workers.num_cpus
-        + config.learner.num_cpus
+        + config.learner.num_ranks * config.learner.num_cpus
         + 1  # training of the reward model
     )
     return max(2, int(asked + 0.999))
 
 
-def start_learner(config: Config, model_path: str, state_path: Path | None) -> LearnerProcess:
-    handle = Learner.options(  # type: ignore[attr-defined]
-        num_cpus=config.learner.num_cpus, num_gpus=config.learner.num_gpus
-    ).remote(
-        model_path,
-        config.ppo,
+def learner_group(
+    config: Config, model_path: str, saved: Checkpoint | None, log: RunLog, progress: Progress
+) -> LearnerGroup:
+    """The learner, not started yet; `saved` is what it continues."""
+    settings = LearnerSettings(
+        model_path=model_path,
+        critic_path=bundled.resolve(config.model.critic_path) if config.model.critic_path else None,
+        algorithm=config.algorithm,
+        training=config.training,
         temperature=config.sampling.temperature,
+        max_response_tokens=config.sampling.max_response_tokens,
+        total_steps=config.steps,
         seed=config.seed,
-        threads=config.learner.threads,
-        state_path=str(state_path) if state_path else None,
     )
-    return LearnerProcess(handle, config)
+    return LearnerGroup(
+        settings,
+        config.learner,
+        config.deadlines,
+        logged=log.logged,
+        note=progress.warn,
+        snapshot=saved.state.resolve() if saved else None,
+        step=saved.step if saved else 0,
+    )
 
 
 async def deploy_components(

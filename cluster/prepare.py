@@ -52,12 +52,12 @@ async def prepare(
     )
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
-    learner = launch.start_learner(config, policy_path, saved.state / "learner.pt" if saved else None)
+    learner = launch.learner_group(config, base_path, saved, log, progress)
     progress.waiting("models to load")
     reference, parameters, _ = await asyncio.gather(
         launch.deploy_reference_model(config, base_path, run_id), learner.ready(), pool.start()
     )
-    progress.note(f"policy: {parameters / 1e6:.0f}M parameters with its value head")
+    progress.note(f"learner: {parameters / 1e6:.0f}M parameters on {config.learner.num_ranks} rank(s)")
     if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
         await prepare_reward_model(config, prompts, pool, progress=progress)
     progress.phase("Starting the reward replicas")
@@ -68,7 +68,7 @@ async def prepare(
     )
     progress.waiting("")
 
-    bound = StalenessBound(config.streaming.max_lag_steps, config.ppo.batch_size // config.ppo.samples_per_prompt)
+    bound = StalenessBound(config.streaming.max_lag_steps, config.training.prompts_per_batch)
     job = Job(
         config=config,
         run_id=run_id,
@@ -80,7 +80,7 @@ async def prepare(
         judges=judges,
         reference=reference,
         queue=ExperienceQueue(bound, max_samples=config.queue_samples, max_bytes=config.streaming.queue_bytes),
-        leases=LeaseBook(bound, config.ppo.samples_per_prompt),
+        leases=LeaseBook(bound, config.training.samples_per_prompt),
         log=log,
         progress=progress,
         stopping=stopping,

@@ -61,7 +61,7 @@ async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -
     )
     if len(job.bad_reasons) == 1:
         job.progress.warn(f"quarantined {rollout.trajectory_id}: {reason}")
-    stop_if_too_many_bad(job, job.config.ppo.batch_size)
+    stop_if_too_many_bad(job, job.config.training.batch_size)
     await job.notify()
 
 
@@ -95,6 +95,7 @@ async def checkpoint(job: Job) -> None:
     pq.write_table(experience_table(samples), folder / "state" / "queue.parquet")
     await job.learner.save(folder.resolve())
     job.last_checkpoint = checkpoints.finish(folder, step, keep=job.config.checkpoint.keep)
+    job.learner.checkpointed(step, job.last_checkpoint.state.resolve())
     job.progress.waiting("")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_table
+from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_records, experience_table
 
 
 class RunLog:
@@ -41,6 +41,10 @@ class RunLog:
         partial = path.with_suffix(".partial")
         pq.write_table(experience_table(batch), partial)
         os.replace(partial, path)
+
+    def logged(self, step: int) -> list[ScoredRollout]:
+        """The batch of a step, read back."""
+        return experience_records(pq.read_table(self._experience / f"step-{step:06d}.parquet"))
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step's row."""

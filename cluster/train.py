@@ -53,7 +53,7 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
     async with AsyncExitStack() as stack:
         job = await prepare(config, preflight, progress, stopping, stack)
         before = await recover.evaluation_before(job, evaluate)
-        progress.phase(f"Training with PPO: {config.steps} steps of {config.ppo.batch_size} responses")
+        progress.phase(f"Training with PPO: {config.steps} steps of {config.training.batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]

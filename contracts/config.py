@@ -1,6 +1,6 @@
 """Every setting of a run, in one place, with its default: frozen pydantic models, unknown keys refused.
 
-A configuration is a YAML file plus `key=value` overrides (`ppo.learning_rate=2e-6`). `load` turns both
+A configuration is a YAML file plus `key=value` overrides (`training.learning_rate=2e-6`). `load` turns both
 into a `Config` or raises `ConfigError` with one line that names the field and what is allowed.
 """
 
@@ -13,32 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+from contracts.algorithm import AlgorithmConfig, TrainingConfig
+from contracts.section import Fraction, FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 
 
 class ConfigError(ValueError):
     """The configuration or an input file is wrong: exit status 2, the message is for the person who wrote it."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, and so is a number that is not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads true as 1, and YAML reads yes and on as true: `steps: on` would train one step.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"{str(value).lower()} is not allowed here")
-        return value
 
 
 class ModelConfig(Section):
@@ -47,6 +29,9 @@ class ModelConfig(Section):
     path: str = Field(min_length=1, description="folder, Hugging Face id or bundled:NAME")
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="what engines and replicas compute in"
+    )
+    critic_path: str | None = Field(
+        default=None, description="what a separate critic starts from, a reward model say; default: path"
     )
     max_context_tokens: PositiveInt = Field(default=1024, description="prompt plus response, in tokens")
 
@@ -75,7 +60,9 @@ class WorkerConfig(Section):
 
     num_cpus: NonNegative = Field(default=1.0, description="Ray CPUs reserved (bookkeeping; threads sets what is used)")
     num_gpus: NonNegative = 0.0
-    threads: PositiveInt | None = Field(default=None, description="compute threads; default: all cores of the machine")
+    threads: PositiveInt | None = Field(
+        default=None, description="compute threads; default: all cores of the machine, shared by a learner's ranks"
+    )
 
 
 class RolloutConfig(WorkerConfig):
@@ -86,6 +73,12 @@ class RolloutConfig(WorkerConfig):
     max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
+
+
+class LearnerConfig(WorkerConfig):
+    """The learner's ranks: processes that share one model."""
+
+    num_ranks: PositiveInt = 1
 
 
 class ReplicaConfig(WorkerConfig):
@@ -174,49 +167,6 @@ class PreferencesConfig(Section):
         return self
 
 
-class PPOConfig(Section):
-    """Proximal policy optimisation (Schulman et al. 2017), decoupled (Hilton et al. 2022), for language models."""
-
-    batch_size: PositiveInt = Field(default=64, description="responses a step")
-    samples_per_prompt: PositiveInt = 1
-    epochs: PositiveInt = 2
-    minibatches: PositiveInt = Field(default=2, description="optimizer steps an epoch")
-    micro_batch_tokens: PositiveInt = Field(default=2048, description="padded tokens that one forward pass may hold")
-    learning_rate: Positive = 1e-6
-    value_learning_rate: Positive = Field(default=1e-4, description="of the value head")
-    warmup_steps: NonNegativeInt = 0
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.2
-    value_clip: Positive = 0.2
-    value_coef: NonNegative = 0.1
-    behavior_weight_cap: Annotated[float, Field(ge=1)] = 2.0
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    kl_coef: NonNegative = Field(default=0.05, description="per-token KL penalty in the reward")
-    kl_target: Positive | None = Field(
-        default=None, description="KL per response that kl_coef steers to; default: fixed"
-    )
-    kl_horizon: PositiveInt = Field(
-        default=2000, description="responses over which kl_coef adapts (Ziegler et al. 2019)"
-    )
-    truncation: Literal["terminal", "bootstrap"] = "terminal"
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="compute of the learner; masters are fp32"
-    )
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.batch_size % self.samples_per_prompt:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by samples_per_prompt {self.samples_per_prompt}"
-            )
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by minibatches {self.minibatches}")
-        return self
-
-
 class StreamingConfig(Section):
     """How far generation may run ahead of training. 0 is strictly on-policy, in the same loop."""
 
@@ -236,7 +186,8 @@ class DeadlinesConfig(Section):
     lease_s: Positive = Field(default=600.0, description="one response, queueing in the engine included")
     score_s: Positive = Field(default=180.0, description="one response is scored by one component")
     weights_s: Positive = Field(default=180.0, description="one engine takes new weights")
-    learn_s: Positive = Field(default=3600.0, description="one PPO step")
+    learn_s: Positive = Field(default=3600.0, description="one step of the learner")
+    rank_s: Positive = Field(default=300.0, description="a learner rank answers, and gets through one more micro-batch")
     checkpoint_s: Positive = Field(default=900.0, description="one checkpoint is written")
     stop_s: Positive = Field(default=30.0, description="one worker stops")
 
@@ -281,9 +232,10 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward_workers: ReplicaConfig = ReplicaConfig()
     reference_workers: ReplicaConfig = ReplicaConfig()
-    learner: WorkerConfig = WorkerConfig()
+    learner: LearnerConfig = LearnerConfig()
     preferences: PreferencesConfig | None = None
-    ppo: PPOConfig = PPOConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    training: TrainingConfig = TrainingConfig()
     streaming: StreamingConfig = StreamingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -299,7 +251,7 @@ class Config(Section):
 
     @property
     def queue_samples(self) -> int:
-        return self.streaming.queue_samples or (self.streaming.max_lag_steps + 1) * self.ppo.batch_size
+        return self.streaming.queue_samples or (self.streaming.max_lag_steps + 1) * self.training.batch_size
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -314,15 +266,22 @@ class Config(Section):
                 f"sampling.max_response_tokens {self.sampling.max_response_tokens} leaves no room for a prompt in "
                 f"model.max_context_tokens {self.model.max_context_tokens}"
             )
-        if self.ppo.micro_batch_tokens < self.model.max_context_tokens:
+        if self.training.micro_batch_tokens < self.model.max_context_tokens:
             raise ValueError(
-                f"ppo.micro_batch_tokens {self.ppo.micro_batch_tokens} is less than one sequence "
+                f"training.micro_batch_tokens {self.training.micro_batch_tokens} is less than one sequence "
                 f"(model.max_context_tokens {self.model.max_context_tokens})"
             )
-        if self.queue_samples < self.ppo.batch_size:
+        if self.algorithm.name in ("grpo", "dr_grpo", "rloo") and self.training.samples_per_prompt == 1:
             raise ValueError(
-                f"streaming.queue_samples {self.queue_samples} is less than ppo.batch_size {self.ppo.batch_size}: "
-                "no batch would ever be complete"
+                f"training.samples_per_prompt is 1, but {self.algorithm.name} compares responses to one prompt with "
+                "each other: set 2 or more"
+            )
+        if self.model.critic_path is not None and (self.algorithm.name, self.algorithm.critic) != ("ppo", "separate"):
+            raise ValueError("model.critic_path is given, but only algorithm.critic `separate` of ppo loads it")
+        if self.queue_samples < self.training.batch_size:
+            raise ValueError(
+                f"streaming.queue_samples {self.queue_samples} is less than training.batch_size "
+                f"{self.training.batch_size}: no batch would ever be complete"
             )
         return self
 
@@ -373,7 +332,7 @@ def _kind(value: object) -> str:
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: write key=value, for example ppo.learning_rate=1e-6")
+        raise ConfigError(f"override {override!r}: write key=value, for example training.learning_rate=1e-6")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -12,8 +12,14 @@ class NoAnswer(TimeoutError):
 
 
 async def answer(awaitable: Awaitable[T], *, who: str, asked: str, deadline_s: float) -> T:
-    """The result of `awaitable`, or NoAnswer after `deadline_s` seconds; the awaitable is cancelled then."""
+    """The result of `awaitable`, or NoAnswer after `deadline_s` seconds; the awaitable is cancelled then.
+
+    A TimeoutError of the awaitable's own is passed on as it is.
+    """
     try:
-        return await asyncio.wait_for(awaitable, deadline_s)
+        async with asyncio.timeout(deadline_s) as deadline:
+            return await awaitable
     except TimeoutError as error:
+        if not deadline.expired():
+            raise
         raise NoAnswer(f"{who} did not answer within {deadline_s:g} s, asked to {asked}") from error

@@ -1,6 +1,6 @@
-"""Records to tensors: a batch of scored rollouts, cut into micro-batches by padded token budget.
+"""Records to tensors, and a batch's responses to micro-batches by token budget, balanced over ranks.
 
-B responses, T response tokens. Masks are 1 where a token counts.
+B responses, T response tokens, n response tokens of some rows, end to end. Masks are 1 where a token counts.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from contracts.records import ScoredRollout
-from models.forward import ResponseBatch, pad_responses
+from models.packing import Layout, pack, pad
 
 
 @dataclass(frozen=True)
 class Experience:
     """A batch in response coordinates: column t is response token t, whatever the length of the prompt."""
 
-    sequences: list[list[int]]
-    prompt_lengths: list[int]
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    groups_B: Tensor
     mask_BT: Tensor
     behavior_logprobs_BT: Tensor
     reference_logprobs_BT: Tensor
@@ -28,36 +29,62 @@ class Experience:
     truncated_B: Tensor
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.responses)
+
+    def flat(self, values_BT: Tensor, rows: Sequence[int]) -> Tensor:
+        """The valid tokens of `rows`, end to end: [n], or [n + rows] where `values_BT` has a column more than T."""
+        picked = torch.as_tensor(rows)
+        mask = self.mask_BT[picked]
+        if values_BT.shape[1] > mask.shape[1]:
+            mask = torch.cat([mask.new_ones(len(picked), 1), mask], dim=1)
+        return values_BT[picked][mask]
+
+    def tokens(self, rows: Sequence[int]) -> Tensor:
+        """Response tokens of `rows`, end to end: [n]."""
+        return torch.tensor([token for row in rows for token in self.responses[row]])
+
+    def layout(self, rows: Sequence[int], packing: str) -> Layout:
+        """`rows` for one forward pass."""
+        prompts, responses = [self.prompts[row] for row in rows], [self.responses[row] for row in rows]
+        if packing == "padded":
+            return pad(prompts, responses)
+        return pack(prompts, responses, share_prompts=packing == "shared_prompts")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of the batch that go through the model together."""
+    """Rows that go through the model together. One that does not count keeps a rank in step with the others: its
+    loss is 0, but it takes part in every collective."""
 
-    rows: Tensor
-    responses: ResponseBatch
+    rows: list[int]
+    counts: bool = True
 
 
-def to_experience(batch: Sequence[ScoredRollout]) -> Experience:
+def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Experience:
     """Tensors of a batch, response side padded with zeros to the longest response.
 
     Raises:
-        ValueError: a response is empty or a number is not finite in float32; names the trajectory.
+        ValueError: a prompt or response is empty, a sequence is longer than the budget of a micro-batch, or a number is
+            not finite in float32; names the trajectory.
     """
+    if not batch:
+        raise ValueError("the batch is empty")
     width = max(len(sample.rollout.response_tokens) for sample in batch)
     mask_BT = torch.zeros(len(batch), width, dtype=torch.bool)
     behavior_BT = torch.zeros(len(batch), width)
     reference_BT = torch.zeros(len(batch), width)
+    groups: dict[str, int] = {}
     for row, sample in enumerate(batch):
-        _refuse_bad(sample)
+        _refuse_bad(sample, token_budget)
         length = len(sample.rollout.response_tokens)
         mask_BT[row, :length] = True
         behavior_BT[row, :length] = torch.tensor(sample.rollout.behavior_logprobs)
         reference_BT[row, :length] = torch.tensor(sample.reference_logprobs)
+        groups.setdefault(sample.rollout.group_id, len(groups))
     return Experience(
-        sequences=[[*sample.rollout.prompt_tokens, *sample.rollout.response_tokens] for sample in batch],
-        prompt_lengths=[len(sample.rollout.prompt_tokens) for sample in batch],
+        prompts=[sample.rollout.prompt_tokens for sample in batch],
+        responses=[sample.rollout.response_tokens for sample in batch],
+        groups_B=torch.tensor([groups[sample.rollout.group_id] for sample in batch]),
         mask_BT=mask_BT,
         behavior_logprobs_BT=behavior_BT,
         reference_logprobs_BT=reference_BT,
@@ -66,43 +93,105 @@ def to_experience(batch: Sequence[ScoredRollout]) -> Experience:
     )
 
 
-def _refuse_bad(sample: ScoredRollout) -> None:
+def _refuse_bad(sample: ScoredRollout, token_budget: int) -> None:
     rollout = sample.rollout
+    who = f"trajectory {rollout.trajectory_id}"
     numbers = {
         "reward": [sample.reward],
         "behavior_logprobs": rollout.behavior_logprobs,
         "reference_logprobs": sample.reference_logprobs,
     }
-    if not rollout.response_tokens:
-        raise ValueError(f"trajectory {rollout.trajectory_id}: the response is empty")
+    for name in ("prompt", "response"):
+        if not getattr(rollout, f"{name}_tokens"):
+            raise ValueError(f"{who}: the {name} is empty")
+    length = len(rollout.prompt_tokens) + len(rollout.response_tokens)
+    if length > token_budget:
+        raise ValueError(f"{who}: {length} tokens are more than training.micro_batch_tokens {token_budget}")
     for name, values in numbers.items():
         if not torch.tensor(values, dtype=torch.float32).isfinite().all():  # 1e39 is infinite there
-            raise ValueError(f"trajectory {rollout.trajectory_id}: {name} is not finite")
+            raise ValueError(f"{who}: {name} is not finite")
 
 
-def micro_batches(
-    experience: Experience, rows: Sequence[int], *, token_budget: int, pad_token: int
-) -> list[MicroBatch]:
-    """Cut `rows` into micro-batches of at most `token_budget` padded tokens, longest sequences first.
+def plan_micro_batches(
+    experience: Experience, rows: Sequence[int], *, token_budget: int, num_ranks: int, packing: str
+) -> list[list[MicroBatch]]:
+    """Cut `rows` into micro-batches of at most `token_budget` tokens: a list for each rank, all of one length.
 
-    Sorting keeps sequences of like length together, so little of the budget is padding.
+    As few as possible and of like size (longest processing time first), so that ranks finish together. With shared
+    prompts a group stays together where the budget allows it.
     """
-    ordered = sorted(rows, key=lambda row: len(experience.sequences[row]), reverse=True)
-    cuts: list[list[int]] = []
-    for row in ordered:
-        longest = len(experience.sequences[cuts[-1][0]]) if cuts else 0
-        if cuts and longest * (len(cuts[-1]) + 1) <= token_budget:
-            cuts[-1].append(row)
-        else:
-            cuts.append([row])
-    return [
-        MicroBatch(
-            torch.tensor(cut),
-            pad_responses(
-                [experience.sequences[row] for row in cut],
-                [experience.prompt_lengths[row] for row in cut],
-                pad_token=pad_token,
-            ),
-        )
-        for cut in cuts
+    units = _padded_units(experience, rows, token_budget) if packing == "padded" else [[row] for row in rows]
+    if packing == "shared_prompts":
+        units = _group_units(experience, rows, token_budget)
+        if len(units) < num_ranks:
+            units = [[row] for row in rows]
+    sizes = [_num_tokens(experience, unit, packing) for unit in units]
+    if packing == "padded":  # a unit is a micro-batch: joined, they would be padded to the longest
+        num_bins = _rounded_up(len(units), num_ranks)
+        bins = _longest_first(sizes, num_bins)
+    else:
+        num_bins = _rounded_up(-(-sum(sizes) // token_budget), num_ranks)
+        while True:
+            bins = _longest_first(sizes, num_bins)
+            if max(sum(sizes[unit] for unit in units_of) for units_of in bins) <= token_budget:
+                break
+            num_bins += num_ranks
+    stand_in = min(rows, key=lambda row: len(experience.prompts[row]) + len(experience.responses[row]))
+    cuts = [
+        MicroBatch([row for unit in units_of for row in units[unit]]) if units_of else MicroBatch([stand_in], False)
+        for units_of in bins
     ]
+    return [cuts[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _group_units(experience: Experience, rows: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Rows of one prompt together; a group over the budget in pieces."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        groups.setdefault(tuple(experience.prompts[row]), []).append(row)
+    units: list[list[int]] = []
+    for prompt, members in groups.items():
+        room = 0
+        for row in members:
+            if len(experience.responses[row]) > room:
+                units.append([])
+                room = token_budget - len(prompt)
+            units[-1].append(row)
+            room -= len(experience.responses[row])
+    return units
+
+
+def _padded_units(experience: Experience, rows: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Longest first, so that sequences of like length are padded together."""
+    units: list[list[int]] = []
+    ordered = sorted(rows, key=lambda row: -len(experience.prompts[row]) - len(experience.responses[row]))
+    for row in ordered:
+        if units and _num_tokens(experience, [*units[-1], row], "padded") <= token_budget:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
+
+
+def _num_tokens(experience: Experience, rows: Sequence[int], packing: str) -> int:
+    lengths = [len(experience.prompts[row]) + len(experience.responses[row]) for row in rows]
+    if packing == "padded":
+        return max(lengths) * len(rows)
+    repeated = len(experience.prompts[rows[0]]) * (len(rows) - 1) if packing == "shared_prompts" else 0
+    return sum(lengths) - repeated
+
+
+def _longest_first(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Indices of `sizes` in bins of like sum (Graham 1969): each goes, the largest first, to the emptiest bin."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        emptiest = loads.index(min(loads))
+        bins[emptiest].append(index)
+        loads[emptiest] += sizes[index]
+    order = sorted(range(num_bins), key=lambda number: -loads[number])
+    return [bins[number] for number in order]
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return max(1, -(-number // multiple)) * multiple

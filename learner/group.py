@@ -1,67 +1,303 @@
-"""The learner as a Ray actor: consumes scored batches, gives back metrics and weights.
+"""The learner as a group of Ray actors, one a rank, and the driver's side of it.
 
-It waits for nothing but its caller; every call runs to its end in the order of arrival. The caller sets the
-deadline (`deadlines.learn_s`, `deadlines.checkpoint_s`) and names this actor in the error.
+A rank consumes what its caller sends, in order, and waits for nothing but the other ranks in collectives, each for at
+most `deadlines.rank_s`. The group's side watches the ranks: one that dies, does not answer, or falls behind for
+longer than that is named, all ranks are replaced, and they go on from the last checkpoint by training again on the
+batches logged since, so that nothing is lost and no version changes its meaning.
 """
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError, RayTaskError
 from transformers import AutoTokenizer
 
-from contracts.config import PPOConfig
+from contracts.algorithm import AlgorithmConfig, TrainingConfig
+from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.records import ScoredRollout, WeightsUpdate
+from contracts.waiting import NoAnswer, answer
 from learner.ppo import PPOLearner
 from learner.publish import WeightsRef, publish
+from learner.rank_state import load_state, save_policy, save_state
+from learner.ranks import join
+
+# Fresh blocks for every large tensor cost a third of a step in page faults: freed memory is kept, in huge pages.
+_ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+_LOOK_AGAIN_S = 2.0
+_MAX_REFORMS = 3  # in a row, without a call that succeeded
+_BLAME_S = 5.0  # beyond deadlines.rank_s: how long a survivor's error waits for the news of the rank that failed
 
 
-@ray.remote
-class Learner:
-    """Policy, critic and optimizer in one process."""
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What a rank needs to build its part of the learner."""
+
+    model_path: str
+    critic_path: str | None
+    algorithm: AlgorithmConfig
+    training: TrainingConfig
+    temperature: float
+    max_response_tokens: int
+    total_steps: int
+    seed: int
+
+
+class RankFailure(RuntimeError):
+    """A rank died or fell silent; the message names it."""
+
+
+@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
+class LearnerRank:
+    """One rank: a process with its shard of policy, critic and optimizer."""
+
+    def __init__(self, settings: LearnerSettings, rank: int, size: int, threads: int | None, timeout_s: float) -> None:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
+        self._settings, self._rank, self._size, self._timeout_s = settings, rank, size, timeout_s
+        self._learner: PPOLearner | None = None
+        self._calls = 0
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can listen."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def load(self, address: tuple[str, int], state: str | None) -> int:
+        """Join the others and load the model, and `state` (a checkpoint's folder) into it. Returns its parameters."""
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        host, port = address
+        ranks = join(self._rank, self._size, address=host, port=port, device=device, timeout_s=self._timeout_s)
+        settings = self._settings
+        self._learner = PPOLearner(
+            settings.model_path,
+            settings.algorithm,
+            settings.training,
+            temperature=settings.temperature,
+            max_response_tokens=settings.max_response_tokens,
+            total_steps=settings.total_steps,
+            seed=settings.seed,
+            critic_path=settings.critic_path,
+            ranks=ranks,
+        )
+        if state is not None:
+            load_state(self._learner, Path(state))
+        return sum(parameter.numel() for parameter in self._learner.policy.parameters())
+
+    def step(self, batch: Sequence[ScoredRollout], training_version: int) -> dict[str, float]:
+        return self._loaded.step(batch, training_version=training_version)
+
+    def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef] | None:
+        """Rank 0 puts the whole weights into the object store; the others help to gather them."""
+        weights = self._loaded.weights()
+        return publish(weights, version=version) if self._rank == 0 else None
+
+    def save(self, folder: str) -> None:
+        """Write `policy/` and `state/` below `folder`."""
+        tokenizer = AutoTokenizer.from_pretrained(self._settings.model_path)
+        save_policy(self._loaded, Path(folder, "policy"), tokenizer)
+        save_state(self._loaded, Path(folder, "state"))
+
+    @ray.method(concurrency_group="health")
+    def progress(self) -> int:
+        """Passes through the model so far; answered while another call runs."""
+        return 0 if self._learner is None else self._learner.passes
+
+    @ray.method(concurrency_group="health")
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def _loaded(self) -> PPOLearner:
+        if self._learner is None:
+            raise RuntimeError(f"learner rank {self._rank} was asked to work before it loaded its model")
+        return self._learner
+
+
+class LearnerGroup:
+    """The driver's side: calls go to all ranks, failures of ranks are repaired.
+
+    Args:
+        logged: the batch that step N trained on, from the experience log.
+        note: tells the person what is being repaired.
+    """
 
     def __init__(
         self,
-        model_path: str,
-        config: PPOConfig,
+        settings: LearnerSettings,
+        workers: LearnerConfig,
+        deadlines: DeadlinesConfig,
         *,
-        temperature: float,
-        seed: int,
-        threads: int | None,
-        state_path: str | None = None,
+        logged: Callable[[int], list[ScoredRollout]],
+        note: Callable[[str], None],
+        snapshot: Path | None = None,
+        step: int = 0,
     ) -> None:
-        torch.set_num_threads(threads or os.cpu_count() or 1)
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self._learner = PPOLearner(model_path, config, temperature=temperature, seed=seed, device=device)
-        if state_path is not None:
-            self._learner.restore(torch.load(state_path, map_location=device, weights_only=True))
+        self._settings, self._workers, self._deadlines = settings, workers, deadlines
+        self._logged, self._note = logged, note
+        self._snapshot, self._snapshot_step = snapshot, step
+        self._step = step  # trained so far
+        self._ranks: list[Any] = []
 
-    def ready(self) -> int:
-        """Trainable parameters; returns once the model is loaded."""
-        return sum(parameter.numel() for parameter in self._learner.policy.parameters())
+    async def ready(self) -> int:
+        """Start the ranks and load the model on each; returns the number of parameters."""
+        return await self._start()
 
-    def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
-        return self._learner.step(batch, training_version=training_version)
+    async def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
+        # One copy in the object store, read by every rank.
+        asked = f"train step {training_version + 1}"
+        answers = await self._repairing("step", (list(batch), training_version), asked, self._deadlines.learn_s)
+        self._step = training_version + 1
+        metrics: dict[str, float] = answers[0]
+        return metrics
 
-    def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef]:
-        return publish(self._learner.weights(), version=version)
+    async def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef]:
+        answers = await self._repairing("publish", (version,), f"publish version {version}", self._deadlines.weights_s)
+        sent: tuple[WeightsUpdate, WeightsRef] = answers[0]
+        return sent
 
-    def save(self, folder: str) -> None:
-        """Write `policy/` (a Hugging Face folder in bf16) and `state/learner.pt` below `folder`."""
-        policy, state = Path(folder, "policy"), Path(folder, "state")
-        state.mkdir(parents=True, exist_ok=True)
-        model = self._learner.policy.model
-        tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-        model.save_pretrained(policy, state_dict=tensors)
-        # save_pretrained names the dtype of the masters, not of the tensors that it has written.
-        config = copy.deepcopy(model.config)
-        config.dtype = torch.bfloat16
-        config.save_pretrained(policy)
-        self._tokenizer.save_pretrained(policy)
-        torch.save(self._learner.state(), state / "learner.pt")
+    async def save(self, folder: Path) -> None:
+        await self._repairing("save", (str(folder),), "write a checkpoint", self._deadlines.checkpoint_s)
+
+    async def pid(self, rank: int) -> int:
+        """The process of a rank."""
+        asked, deadline_s = "give its process id", self._deadlines.rank_s
+        return await answer(self._ranks[rank].pid.remote(), who=self._name(rank), asked=asked, deadline_s=deadline_s)
+
+    def stop(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    def checkpointed(self, step: int, state: Path) -> None:
+        """The checkpoint of `step` is whole and lies at `state`: from now on the group repairs itself from there."""
+        self._snapshot, self._snapshot_step = state, step
+
+    async def _start(self) -> int:
+        size = self._workers.num_ranks
+        self._ranks = [
+            LearnerRank.options(  # type: ignore[attr-defined]
+                num_cpus=self._workers.num_cpus,
+                num_gpus=self._workers.num_gpus,
+                runtime_env={"env_vars": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", _ALLOCATOR)}},
+            ).remote(self._settings, rank, size, self._workers.threads, self._deadlines.rank_s)
+            for rank in range(size)
+        ]
+        start_s = self._deadlines.start_s
+        address = await answer(self._ranks[0].address.remote(), who=self._name(0), asked="start", deadline_s=start_s)
+        state = str(self._snapshot) if self._snapshot else None
+        answers = await self._all("load", (address, state), "load its model", start_s, watch=False)
+        return int(answers[0])
+
+    async def _repairing(self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float) -> Any:
+        """Call all ranks; where one fails, replace them, train again what the checkpoint lacks, and repeat the call."""
+        for attempt in range(_MAX_REFORMS + 1):
+            try:
+                if attempt:
+                    await self._reform()
+                return await self._all(method, arguments, asked, deadline_s)
+            except RankFailure as failure:
+                if attempt == _MAX_REFORMS:
+                    raise
+                self._note(f"{failure}; the learner re-forms from step {self._snapshot_step}")
+        raise AssertionError("unreachable")
+
+    async def _reform(self) -> None:
+        self.stop()
+        await self._start()
+        for step in range(self._snapshot_step + 1, self._step + 1):
+            await self._all("step", (self._logged(step), step - 1), f"train step {step} again", self._deadlines.learn_s)
+
+    async def _all(
+        self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float, *, watch: bool = True
+    ) -> list[Any]:
+        """One call on every rank, all answers, or the error of the one to blame.
+
+        Raises:
+            RankFailure: a rank died, or did not get on for `deadlines.rank_s`.
+            NoAnswer: all of them worked, but not within the deadline.
+        """
+        shared = [ray.put(argument) if isinstance(argument, list) else argument for argument in arguments]
+        calls = [
+            asyncio.ensure_future(
+                answer(
+                    getattr(rank, method).remote(*shared), who=self._name(number), asked=asked, deadline_s=deadline_s
+                )
+            )
+            for number, rank in enumerate(self._ranks)
+        ]
+        watcher = asyncio.ensure_future(self._watch(asked, moving=method == "step")) if watch else None
+        try:
+            pending: set[asyncio.Future[Any]] = {*calls, *([watcher] if watcher else [])}
+            while not all(call.done() for call in calls):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if any(future.exception() for future in done):
+                    await self._blame(calls, watcher, asked)
+            return [call.result() for call in calls]
+        finally:
+            for future in (*calls, *([watcher] if watcher else [])):
+                future.cancel()
+            await asyncio.gather(*calls, *([watcher] if watcher else []), return_exceptions=True)
+
+    async def _blame(
+        self, calls: Sequence[asyncio.Future[Any]], watcher: asyncio.Future[Any] | None, asked: str
+    ) -> None:
+        """Raise for the rank that failed first: survivors of a death report broken connections, often sooner."""
+        expires = time.monotonic() + self._deadlines.rank_s + _BLAME_S
+        while True:
+            if watcher is not None and watcher.done():
+                watcher.result()
+            errors = {number: call.exception() for number, call in enumerate(calls) if call.done()}
+            for number, error in errors.items():
+                if isinstance(error, RayActorError):
+                    raise RankFailure(f"{self._name(number)} died while asked to {asked}: {_reason(error)}") from error
+            own = [error for error in errors.values() if _is_own(error)]
+            running = [call for call in calls if not call.done()]
+            if own or not running or time.monotonic() > expires:
+                raise next(error for error in (*own, *errors.values()) if error is not None)
+            await asyncio.wait([*running, *([watcher] if watcher else [])], timeout=1.0)
+
+    async def _watch(self, asked: str, *, moving: bool) -> None:
+        """Ends only by raising: for the rank that does not answer, or the one furthest behind when none gets on."""
+        silent_s = self._deadlines.rank_s
+        last: list[int] = []
+        moved = time.monotonic()
+        while True:
+            await asyncio.sleep(min(_LOOK_AGAIN_S, silent_s / 4))
+            passes = []
+            for number, rank in enumerate(self._ranks):
+                name = self._name(number)
+                try:
+                    passes.append(await answer(rank.progress.remote(), who=name, asked=asked, deadline_s=silent_s))
+                except NoAnswer as error:
+                    raise RankFailure(f"{name} has not answered for {silent_s:g} s while asked to {asked}") from error
+            if passes != last:
+                last, moved = passes, time.monotonic()
+            elif moving and time.monotonic() - moved > silent_s:
+                behind = " or ".join(self._name(rank) for rank, done in enumerate(passes) if done == min(passes))
+                raise RankFailure(f"{behind} has not got on for {silent_s:g} s while asked to {asked}")
+
+    def _name(self, number: int) -> str:
+        return "the learner" if self._workers.num_ranks == 1 else f"learner rank {number} of {self._workers.num_ranks}"
+
+
+def _is_own(error: BaseException | None) -> bool:
+    """What a rank says of the batch or of itself, not of a lost connection."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return isinstance(cause, (ValueError, ArithmeticError, OSError, NoAnswer)) and not isinstance(
+        cause, ConnectionError
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,283 +1,387 @@
-"""One PPO step on one process: proximal pass, advantages, clipped epochs. Torch only, no Ray.
+"""One step of the learner on one rank: score the batch, fix targets, clipped epochs. Torch only, no Ray.
 
-B responses, T response tokens, U = T + 1, L tokens of a sequence, H hidden, V vocabulary.
+B responses, T response tokens, U = T + 1, n response tokens of a micro-batch. Every rank sees the whole batch, computes
+the same targets, and works on its share of the micro-batches; sums over ranks give each the same metrics.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from contracts.config import PPOConfig
+from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.records import ScoredRollout
 from contracts.seeds import derive_seed
-from learner.advantage import gae, shape_rewards, whiten
-from learner.experience import Experience, MicroBatch, micro_batches, to_experience
-from learner.loss import kl, policy_loss, value_loss
-from models.forward import ResponseBatch, check_supported, response_hidden, response_logits
-from models.heads import ValueHead
-from models.logprobs import entropy, token_logprobs
-
-
-class Prediction(NamedTuple):
-    """Log-probabilities of the sampled tokens, values of the states before each and behind the last, entropies."""
-
-    logprobs_BT: Tensor
-    values_BU: Tensor
-    entropy_BT: Tensor | None
-
-
-class ActorCritic(nn.Module):
-    """A causal language model and a value head on the same trunk."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        check_supported(model)
-        self.model = model
-        self.value_head = ValueHead(model.config.hidden_size)
-
-    @classmethod
-    def load(cls, path: str) -> ActorCritic:
-        """fp32 masters, dropout off: the first ratio of an update must be 1."""
-        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
-
-    def forward(self, batch: ResponseBatch, *, temperature: float, with_entropy: bool) -> Prediction:
-        hidden_BUH = response_hidden(self.model, batch)
-        logits_BTV = response_logits(self.model, hidden_BUH)
-        logprobs_BT = token_logprobs(logits_BTV, batch.tokens_BT, temperature=temperature)
-        with torch.no_grad():
-            entropy_BT = entropy(logits_BTV, temperature=temperature) if with_entropy else None
-        return Prediction(logprobs_BT, self.value_head(hidden_BUH), entropy_BT)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the epochs hold fixed, all [B, T], computed under the weights at the start of the step."""
-
-    proximal_logprobs_BT: Tensor
-    values_BT: Tensor
-    advantages_BT: Tensor
-    returns_BT: Tensor
+from learner.actor_critic import ActorCritic, Losses, Scores
+from learner.experience import Experience, MicroBatch, plan_micro_batches, to_experience
+from learner.loss import entropy_bonus, kl_penalty_loss, policy_loss, token_weights, value_loss
+from learner.metrics import batch_metrics, lag_metrics, update_metrics
+from learner.normalise import RunningMoments
+from learner.ranks import Ranks, alone, shard, whole
+from learner.targets import Predictions, Targets, critic_targets, group_targets, needs_predictions, shaped_scores
+from models.projection import EntropyMode, Stats, add_stats
 
 
 class PPOLearner:
-    """Policy, value head, optimizer and KL controller of one process."""
+    """Policy, critic, optimizer and everything else that a checkpoint of the learner holds, on one rank."""
 
     def __init__(
-        self, model_path: str, config: PPOConfig, *, temperature: float, seed: int, device: str = "cpu"
+        self,
+        model_path: str,
+        algorithm: AlgorithmConfig,
+        training: TrainingConfig,
+        *,
+        temperature: float,
+        max_response_tokens: int,
+        total_steps: int,
+        seed: int,
+        critic_path: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config = config
+        self.algorithm = algorithm
+        self.training = training
         self.temperature = temperature
+        self.max_response_tokens = max_response_tokens
+        self.total_steps = total_steps
         self.seed = seed
-        self.device = torch.device(device)
-        self.policy = ActorCritic.load(model_path).to(self.device)
-        self.kl_coef = config.kl_coef
+        self.ranks = ranks or alone(torch.device("cpu"))
+        self.policy = ActorCritic.load(
+            model_path,
+            has_critic=algorithm.has_critic,
+            critic_path=critic_path or model_path if algorithm.critic == "separate" and algorithm.has_critic else None,
+            packing=training.packing,
+        ).to(self.ranks.device)
+        shard(
+            self.policy,
+            self.ranks,
+            dtype=training.dtype,
+            activation_checkpointing=training.activation_checkpointing,
+        )
+        self.kl_coef = algorithm.kl_coef
         self.step_count = 0
+        self.skipped_in_row = 0
+        self.passes = 0  # through the model, as a sign of life
+        self.reward_moments = RunningMoments()
+        self.value_moments = RunningMoments()
+        critic = [p for name, p in self.policy.named_parameters() if not name.startswith("policy.")]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(self.policy.model.parameters()), "base_lr": config.learning_rate},
-                {"params": list(self.policy.value_head.parameters()), "base_lr": config.value_learning_rate},
+                {"params": list(self.policy.policy.parameters()), "base_lr": training.learning_rate},
+                *([{"params": critic, "base_lr": training.value_learning_rate}] if critic else []),
             ],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
             fused=True,
         )
 
     def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
-        """Train on one batch.
+        """Train on one batch; a collective.
 
         Returns:
-            metrics, always finite.
+            metrics, always finite, the same on every rank.
 
         Raises:
             ValueError: a record that cannot be trained on; names the trajectory.
-            ArithmeticError: no minibatch had a finite gradient.
+            ArithmeticError: `training.max_skipped_steps` steps in a row had no finite gradient.
         """
-        experience = to_experience(batch)
-        targets, metrics = self._targets(experience)
+        experience = to_experience(batch, token_budget=self.training.micro_batch_tokens)
+        minibatches = self._minibatches(experience, training_version)
+        predicted = None
+        if needs_predictions(self.algorithm, num_updates=len(minibatches)):
+            predicted = self._predict(experience, minibatches[: self.training.minibatches])
+        targets = self._targets(experience, predicted)
         stats: Counter[str] = Counter()
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", training_version))
-        for _ in range(self.config.epochs):
-            order = torch.randperm(len(experience), generator=generator)
-            for rows in order.tensor_split(self.config.minibatches):
-                if len(rows):
-                    _add_stats(stats, self._minibatch(experience, targets, rows.tolist()))
-        if stats["skipped_minibatches"] == stats["minibatches"]:
-            raise ArithmeticError(f"step {training_version + 1}: no minibatch had a finite loss and gradient norm")
+        for rows in minibatches:
+            add_stats(stats, self._update(experience, targets, rows))
+        stats = self._over_ranks(stats)
+        metrics = batch_metrics(experience, predicted, targets, stats, normaliser=self.value_moments)
+        self._count_skipped(stats, training_version)
         self._adapt_kl(metrics["kl_to_reference"], len(experience))
         self.step_count += 1
-        return metrics | _update_metrics(stats) | _lag_metrics(batch, training_version) | {"kl_coef": self.kl_coef}
+        return metrics | update_metrics(stats) | lag_metrics(batch, training_version) | {"kl_coef": self.kl_coef}
 
-    def _targets(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
-        """The proximal pass: log-probabilities, values, shaped rewards, GAE, whitening over the whole batch."""
-        mask_BT = experience.mask_BT
-        logprobs_BT, values_BT, entropy_BT = (torch.zeros(mask_BT.shape) for _ in range(3))
-        last_values_B = torch.zeros(len(experience))
+    def _minibatches(self, experience: Experience, training_version: int) -> list[list[int]]:
+        """Rows of each update, whole groups together, in an order that the seed and the step decide."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", training_version))
+        groups = experience.groups_B
+        num_groups = int(groups.max()) + 1
+        minibatches = []
+        for _ in range(self.training.epochs):
+            order = torch.randperm(num_groups, generator=generator)
+            for part in order.tensor_split(self.training.minibatches):
+                rows = [row for group in part.tolist() for row in (groups == group).nonzero().flatten().tolist()]
+                if rows:
+                    minibatches.append(rows)
+        return minibatches
+
+    def _predict(self, experience: Experience, minibatches: Sequence[list[int]]) -> Predictions:
+        """The proximal pass, in the micro-batches of the first epoch: its first ratios are exactly 1."""
+        num_rows, width = experience.mask_BT.shape
+        predicted = Predictions(*(torch.zeros(num_rows, width + extra) for extra in (0, 0, 1)))
         with torch.no_grad():
-            for micro in self._micro_batches(experience, range(len(experience))):
-                predicted = self._predict(micro.responses, with_entropy=True)
-                width = predicted.logprobs_BT.shape[1]
-                logprobs_BT[micro.rows, :width] = predicted.logprobs_BT.cpu()
-                values_BT[micro.rows, :width] = predicted.values_BU[:, :-1].cpu()
-                assert predicted.entropy_BT is not None
-                entropy_BT[micro.rows, :width] = predicted.entropy_BT.cpu()
-                last_values_B[micro.rows] = predicted.values_BU[:, -1].cpu()  # padding repeats the last state
-        config = self.config
-        bootstrapped_B = experience.truncated_B & (config.truncation == "bootstrap")
-        # Never a score and a bootstrap value for one response: that counts its future twice.
-        scores_B = experience.scores_B.masked_fill(bootstrapped_B, 0.0)
-        kl_BT = kl(logprobs_BT, experience.reference_logprobs_BT, estimator="k1")
-        rewards_BT = shape_rewards(scores_B, kl_BT, mask_BT, kl_coef=self.kl_coef)
-        advantages_BT, returns_BT = gae(
-            rewards_BT,
-            values_BT,
-            mask_BT,
-            gamma=config.gamma,
-            lam=config.lam,
-            bootstrap_B=last_values_B * bootstrapped_B,
+            for micro in (micro for rows in minibatches for micro in self._share(experience, rows)):
+                scores = self.policy(*self.inputs(experience, micro), temperature=self.temperature)
+                self.passes += 1
+                assert isinstance(scores, Scores)
+                if micro.counts:
+                    _put(predicted.logprobs_BT, scores.logprobs_N, experience, micro.rows)
+                    _put(predicted.entropy_BT, scores.entropy_N, experience, micro.rows)
+                    if len(scores.values_M):
+                        _put(predicted.values_BU, self._denormalised(scores.values_M), experience, micro.rows)
+        return Predictions(*(self._summed(values) for values in predicted))
+
+    def _targets(self, experience: Experience, predicted: Predictions | None) -> Targets:
+        scores_B = shaped_scores(
+            experience, self.algorithm, max_response_tokens=self.max_response_tokens, moments=self.reward_moments
         )
-        targets = Targets(logprobs_BT, values_BT, whiten(advantages_BT, mask_BT), returns_BT)
-        return targets, _batch_metrics(experience, targets, kl_BT, entropy_BT)
+        if not self.algorithm.has_critic:
+            return group_targets(experience, predicted, scores_B, self.algorithm, kl_coef=self.kl_coef)
+        assert predicted is not None
+        targets = critic_targets(experience, predicted, scores_B, self.algorithm, kl_coef=self.kl_coef)
+        if self.algorithm.normalise_values:
+            self._take_in(targets.returns_BT, experience.mask_BT)
+        return targets
 
-    def _minibatch(self, experience: Experience, targets: Targets, rows: list[int]) -> dict[str, float]:
-        """One optimizer step. Losses of the micro-batches add up to that of the minibatch (global token count)."""
-        config = self.config
-        num_tokens = int(experience.mask_BT[rows].sum())
-        stats: Counter[str] = Counter()
+    def _update(self, experience: Experience, targets: Targets, rows: list[int]) -> dict[str, Any]:
+        """One optimizer step. Losses of the micro-batches, over all ranks, add up to that of the minibatch."""
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in self._micro_batches(experience, rows):
-            predicted = self._predict(micro.responses, with_entropy=False)
-
-            rows_of = partial(_rows, micro=micro, like_BT=predicted.logprobs_BT)
-            mask_BT = rows_of(experience.mask_BT)
-            policy, policy_stats = policy_loss(
-                predicted.logprobs_BT,
-                rows_of(targets.proximal_logprobs_BT),
-                rows_of(experience.behavior_logprobs_BT),
-                rows_of(targets.advantages_BT),
-                mask_BT,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                behavior_weight_cap=config.behavior_weight_cap,
-                num_tokens=num_tokens,
-            )
-            value, value_stats = value_loss(
-                predicted.values_BU[:, :-1],
-                rows_of(targets.values_BT),
-                rows_of(targets.returns_BT),
-                mask_BT,
-                clip=config.value_clip,
-                num_tokens=num_tokens,
-            )
-            (policy + config.value_coef * value).backward()
-            _add_stats(stats, {name: float(number) for name, number in (policy_stats | value_stats).items()})
-            _add_stats(stats, {"policy_loss": float(policy.detach()), "value_loss": float(value.detach())})
-        self._set_learning_rates()
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm))
-        finite = norm < float("inf")  # False for NaN too
+        stats: Counter[str] = Counter()
+        minibatch = _Minibatch(self, experience, targets, rows)
+        micros = self._share(experience, rows)
+        for number, micro in enumerate(micros, start=1):
+            self.policy.set_requires_gradient_sync(number == len(micros))  # type: ignore[operator]
+            add_stats(stats, minibatch.backward(micro))
+        norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.training.max_grad_norm))
+        finite = bool(norm.isfinite())
         if finite:
+            self._set_learning_rates()
             self.optimizer.step()
-        extra = {"grad_norm_sum": norm if finite else 0.0, "minibatches": 1.0, "skipped_minibatches": float(not finite)}
-        return dict(stats) | extra if finite else extra
+        first = self.ranks.rank == 0  # what every rank counts alike is counted once
+        counts = {"minibatches": float(first), "skipped_minibatches": float(first and not finite)}
+        return (dict(stats) | {"grad_norm_sum": float(norm) * first} if finite else {}) | counts
 
-    def _predict(self, responses: ResponseBatch, *, with_entropy: bool) -> Prediction:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            predicted: Prediction = self.policy(
-                responses.to(self.device), temperature=self.temperature, with_entropy=with_entropy
-            )
-        return predicted
+    def _share(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
+        """This rank's micro-batches of a minibatch; as many as every other rank's."""
+        plan = plan_micro_batches(
+            experience,
+            rows,
+            token_budget=self.training.micro_batch_tokens,
+            num_ranks=self.ranks.size,
+            packing=self.training.packing,
+        )
+        return plan[self.ranks.rank]
 
-    def _micro_batches(self, experience: Experience, rows: Sequence[int]) -> list[MicroBatch]:
-        pad_token = self.policy.model.config.pad_token_id or 0
-        return micro_batches(experience, rows, token_budget=self.config.micro_batch_tokens, pad_token=pad_token)
+    def inputs(self, experience: Experience, micro: MicroBatch) -> tuple[Any, Tensor]:
+        tokens_n = experience.tokens(micro.rows).to(self.ranks.device)
+        return experience.layout(micro.rows, self.training.packing), tokens_n
 
     def _set_learning_rates(self) -> None:
-        warmup = min(1.0, (self.step_count + 1) / (self.config.warmup_steps + 1))
+        factor = learning_rate_factor(self.step_count, self.training, total_steps=self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * warmup
+            group["lr"] = group["base_lr"] * factor
+
+    def _count_skipped(self, stats: Mapping[str, Any], training_version: int) -> None:
+        self.skipped_in_row = self.skipped_in_row + 1 if stats["skipped_minibatches"] == stats["minibatches"] else 0
+        if self.skipped_in_row >= self.training.max_skipped_steps:
+            raise ArithmeticError(
+                f"step {training_version + 1}: the gradient of no minibatch was finite, for the "
+                f"{self.skipped_in_row}. step in a row (training.max_skipped_steps)"
+            )
 
     def _adapt_kl(self, kl_per_response: float, num_responses: int) -> None:
         """Proportional controller in log space (Ziegler et al. 2019, section 2.2)."""
-        if self.config.kl_target is not None:
-            error = min(max(kl_per_response / self.config.kl_target - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * num_responses / self.config.kl_horizon
+        if self.algorithm.kl_target is not None:
+            error = min(max(kl_per_response / self.algorithm.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * num_responses / self.algorithm.kl_horizon
+
+    def _take_in(self, returns_BT: Tensor | None, mask_BT: Tensor) -> None:
+        """PopArt (van Hasselt et al. 2016): new statistics, and a head that predicts the same as before."""
+        assert returns_BT is not None
+        assert self.policy.value_head is not None
+        old_mean, old_std = self.value_moments.standardisation()
+        self.value_moments.update(returns_BT, mask_BT)
+        new_mean, new_std = self.value_moments.standardisation()
+        self.policy.value_head.rescale_(old_mean=old_mean, old_std=old_std, new_mean=new_mean, new_std=new_std)
+
+    def _denormalised(self, values: Tensor) -> Tensor:
+        mean, std = self.value_moments.standardisation()
+        return values * std + mean if self.algorithm.normalise_values else values
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """Values or returns in the units that the critic predicts."""
+        mean, std = self.value_moments.standardisation()
+        return (values - mean) / std if self.algorithm.normalise_values else values
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Each row was put in by one rank."""
+        return self.ranks.sum_(values.to(self.ranks.device)).cpu()
+
+    def _over_ranks(self, stats: Counter[str]) -> Counter[str]:
+        names = sorted(stats)
+        numbers = torch.tensor([float(stats[name]) for name in names], dtype=torch.float64, device=self.ranks.device)
+        sums, largest = self.ranks.sum_(numbers.clone()).tolist(), self.ranks.max_(numbers.clone()).tolist()
+        return Counter(
+            {  # type: ignore[arg-type]
+                name: high if name.endswith("_max") else total
+                for name, total, high in zip(names, sums, largest, strict=True)
+            }
+        )
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's tensors by checkpoint name; a tied output projection is left out."""
-        tied = set(getattr(self.policy.model, "all_tied_weights_keys", {}) or {})
-        return {name: tensor for name, tensor in self.policy.model.state_dict().items() if name not in tied}
-
-    def state(self) -> dict[str, Any]:
+        """The policy's whole tensors by checkpoint name; a tied output projection is left out. A collective."""
+        tied = self.policy.tied()
         return {
-            "policy": self.weights(),
-            "value_head": self.policy.value_head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "kl_coef": self.kl_coef,
-            "step_count": self.step_count,
+            name: whole(tensor).detach() for name, tensor in self.policy.policy.state_dict().items() if name not in tied
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        missing, unexpected = self.policy.model.load_state_dict(state["policy"], strict=False)
-        lost = set(missing) - set(getattr(self.policy.model, "all_tied_weights_keys", {}) or {})
-        if lost or unexpected:
-            raise ValueError(f"checkpoint of another model: missing {sorted(lost)[:3]}, unexpected {unexpected[:3]}")
-        self.policy.value_head.load_state_dict(state["value_head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def counters(self) -> dict[str, Any]:
+        """Everything in the state that is not a tensor."""
+        return {
+            "kl_coef": self.kl_coef,
+            "step_count": self.step_count,
+            "skipped_in_row": self.skipped_in_row,
+            "reward_moments": self.reward_moments.state(),
+            "value_moments": self.value_moments.state(),
+        }
+
+    def restore_counters(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
         self.step_count = state["step_count"]
+        self.skipped_in_row = state["skipped_in_row"]
+        self.reward_moments.restore(state["reward_moments"])
+        self.value_moments.restore(state["value_moments"])
 
 
-def _rows(batch_BT: Tensor, *, micro: MicroBatch, like_BT: Tensor) -> Tensor:
-    """The rows of a micro-batch, as wide and where its predictions are."""
-    return batch_BT[micro.rows, : like_BT.shape[1]].to(like_BT.device)
+class _Minibatch:
+    """The loss of one optimizer step, micro-batch by micro-batch."""
+
+    def __init__(self, learner: PPOLearner, experience: Experience, targets: Targets, rows: list[int]) -> None:
+        self.learner, self.experience, self.targets = learner, experience, targets
+        self.num_tokens = int(experience.mask_BT[rows].sum())
+        self.weights_BT = torch.zeros(experience.mask_BT.shape)
+        self.weights_BT[rows] = token_weights(
+            experience.mask_BT[rows],
+            aggregation=learner.algorithm.aggregation,
+            max_tokens=learner.max_response_tokens,
+        ).float()
+        self.entropy: EntropyMode = "off"
+        if learner.algorithm.entropy_coef > 0:
+            self.entropy = "loss"
+        elif targets.proximal_logprobs_BT is None:
+            self.entropy = "metric"
+
+    def backward(self, micro: MicroBatch) -> dict[str, Any]:
+        """Add the gradients of a micro-batch; returns its statistics."""
+        learner, config = self.learner, self.learner.algorithm
+        counts = float(micro.counts)
+        batch, tokens_n = learner.inputs(self.experience, micro)
+        losses = learner.policy(
+            batch, tokens_n, temperature=learner.temperature, loss=self._policy_loss(micro), entropy=self.entropy
+        )
+        assert isinstance(losses, Losses)
+        total, stats = losses.policy, dict(losses.stats)
+        if config.has_critic:
+            value, value_stats = self._value_loss(losses.values_M, micro)
+            total = total + config.value_coef * counts * value
+            stats |= value_stats | {"value_loss": value.detach()}
+        total.backward()
+        learner.passes += 1
+        return {name: number * counts for name, number in stats.items()}
+
+    def _policy_loss(self, micro: MicroBatch) -> Any:
+        config = self.learner.algorithm
+        flat = {
+            name: self.experience.flat(values_BT, micro.rows).to(self.learner.ranks.device)
+            for name, values_BT in {
+                "behavior": self.targets.behavior_logprobs_BT,
+                "advantages": self.targets.advantages_BT,
+                "weights": self.weights_BT,
+                "reference": self.experience.reference_logprobs_BT,
+                "proximal": self.targets.proximal_logprobs_BT,
+            }.items()
+            if values_BT is not None
+        }
+
+        def loss(logprobs_n: Tensor, entropy_n: Tensor, part: slice) -> tuple[Tensor, Stats]:
+            of = {name: values[None, part] for name, values in flat.items()}
+            logprobs_1n, mask_1n = logprobs_n[None], torch.ones_like(logprobs_n[None], dtype=torch.bool)
+            shared: dict[str, Any] = {"num_tokens": self.num_tokens, "token_weights_BT": of["weights"]}
+            total, stats = policy_loss(
+                logprobs_1n,
+                of.get("proximal", logprobs_1n.detach()),
+                of["behavior"],
+                of["advantages"],
+                mask_1n,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                behavior_weight_cap=config.behavior_weight_cap,
+                **shared,
+            )
+            stats["policy_loss"] = total.detach()
+            if config.kl_in_loss and self.learner.kl_coef > 0:
+                penalty, _ = kl_penalty_loss(
+                    logprobs_1n, of["reference"], mask_1n, estimator=config.kl_estimator, **shared
+                )
+                total = total + self.learner.kl_coef * penalty
+                stats["kl_loss"] = penalty.detach()
+            if config.entropy_coef > 0:
+                total = total + config.entropy_coef * entropy_bonus(entropy_n[None], mask_1n, **shared)
+            gap_1n = (logprobs_1n - of["behavior"]).detach()
+            stats |= {
+                "entropy_sum": entropy_n.detach().sum(),
+                "reference_kl_sum": (logprobs_1n - of["reference"]).detach().sum(),
+                "behavior_gap_sum": gap_1n.abs().sum(),
+                "behavior_gap_max": gap_1n.abs().max(),
+            }
+            return total * float(micro.counts), stats
+
+        return loss
+
+    def _value_loss(self, values_M: Tensor, micro: MicroBatch) -> tuple[Tensor, Stats]:
+        learner, experience, targets = self.learner, self.experience, self.targets
+        assert targets.values_BT is not None
+        assert targets.returns_BT is not None
+        lengths = torch.tensor([len(experience.responses[row]) for row in micro.rows])
+        behind = (lengths + 1).cumsum(0) - 1
+        values_n = values_M[_all_but(len(values_M), behind)]
+        old_n, returns_n = (
+            learner.normalised(experience.flat(each, micro.rows)).to(values_M.device)
+            for each in (targets.values_BT, targets.returns_BT)
+        )
+        return value_loss(
+            values_n[None],
+            old_n[None],
+            returns_n[None],
+            torch.ones(1, len(values_n), dtype=torch.bool, device=values_M.device),
+            clip=learner.algorithm.value_clip,
+            num_tokens=self.num_tokens,
+        )
 
 
-def _add_stats(total: Counter[str], more: dict[str, float]) -> None:
-    """Keys that end in _max combine by maximum, all others by sum."""
-    for name, number in more.items():
-        total[name] = max(total[name], number) if name.endswith("_max") else total[name] + number  # type: ignore[assignment]
+def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: int) -> float:
+    """What multiplies the learning rates in step `step` (from 0): linear warm-up, then the schedule towards 0."""
+    if step < training.warmup_steps:
+        return (step + 1) / (training.warmup_steps + 1)
+    progress = min(1.0, (step - training.warmup_steps) / max(1, total_steps - training.warmup_steps))
+    if training.schedule == "linear":
+        return 1 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1.0
 
 
-def _batch_metrics(experience: Experience, targets: Targets, kl_BT: Tensor, entropy_BT: Tensor) -> dict[str, float]:
-    mask_BT = experience.mask_BT
-    valid = mask_BT.sum()
-    returns = targets.returns_BT[mask_BT].double()  # the square of a large score overflows float32
-    errors = returns - targets.values_BT[mask_BT]
-    variance = returns.var(correction=0)
-    gap = (targets.proximal_logprobs_BT - experience.behavior_logprobs_BT)[mask_BT].abs()
-    return {
-        "kl_to_reference": float((kl_BT * mask_BT).sum() / len(experience)),
-        "entropy": float((entropy_BT * mask_BT).sum() / valid),
-        "explained_variance": float(1 - errors.var(correction=0) / variance) if variance > 0 else 0.0,
-        "response_tokens_mean": float(valid / len(experience)),
-        "truncated_fraction": float(experience.truncated_B.float().mean()),
-        "behavior_logprob_gap_mean": float(gap.mean()),
-        "behavior_logprob_gap_max": float(gap.max()),
-    }
+def _put(into: Tensor, values: Tensor, experience: Experience, rows: Sequence[int]) -> None:
+    """Values of `rows`, end to end, to their places in [B, T] or [B, U]."""
+    extra = into.shape[1] - experience.mask_BT.shape[1]
+    parts = values.float().cpu().split([len(experience.responses[row]) + extra for row in rows])
+    for row, part in zip(rows, parts, strict=True):
+        into[row, : len(part)] = part
 
 
-def _update_metrics(stats: Counter[str]) -> dict[str, float]:
-    tokens = max(stats["tokens"], 1)
-    updates = max(stats["minibatches"] - stats["skipped_minibatches"], 1)
-    return {
-        "policy_loss": stats["policy_loss"] / updates,
-        "value_loss": stats["value_loss"] / updates,
-        "clip_fraction": stats["clipped_tokens"] / tokens,
-        "approx_kl": stats["approx_kl_sum"] / tokens,
-        "ratio_max": float(stats["ratio_max"]),
-        "truncated_weight_fraction": stats["truncated_weights"] / tokens,
-        "grad_norm": stats["grad_norm_sum"] / updates,
-        "skipped_minibatches": float(stats["skipped_minibatches"]),
-    }
-
-
-def _lag_metrics(batch: Sequence[ScoredRollout], training_version: int) -> dict[str, float]:
-    lags = [training_version - sample.rollout.oldest_version for sample in batch]
-    return {"lag_steps_max": float(max(lags)), "lag_steps_mean": sum(lags) / len(lags)}
+def _all_but(length: int, left_out: Tensor) -> Tensor:
+    kept = torch.ones(length, dtype=torch.bool)
+    kept[left_out] = False
+    return kept

@@ -108,7 +108,11 @@ def _convert_into(folder: Path, gguf: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    # Its bars and hints are about GGUF, which is no concern of the person who waits.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantised by now, but these marks make save_pretrained refuse.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from cluster.doctor.machine import GIB, available_memory_gib, free_disk_gib, visible_gpus
 from contracts.config import Config, ConfigError
 
-# Bytes a parameter: fp32 master, two Adam moments and bf16 gradients and copies; a bf16 copy; what a checkpoint holds.
+# Bytes a parameter: fp32 master, two Adam moments and fp32 gradients; a bf16 copy; what a checkpoint holds.
 LEARNER_BYTES, BF16_BYTES, CHECKPOINT_BYTES = 16, 2, 14
 # Python, torch and transformers or vLLM in one process, and for the learner some activations.
 LEARNER_PROCESS_GIB, ENGINE_PROCESS_GIB, REPLICA_PROCESS_GIB = 1.5, 1.5, 0.7
@@ -21,7 +21,7 @@ def check_gpus(config: Config) -> None:
         "rollout": config.rollout.num_workers * config.rollout.num_gpus,
         "reward_workers": models * config.reward_workers.num_replicas * config.reward_workers.num_gpus,
         "reference_workers": config.reference_workers.num_replicas * config.reference_workers.num_gpus,
-        "learner": config.learner.num_gpus,
+        "learner": config.learner.num_ranks * config.learner.num_gpus,
     }
     total, present = sum(asked.values()), visible_gpus()
     if total > present + 1e-6:  # shares like 0.1 do not add up exactly
@@ -56,7 +56,7 @@ def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> floa
     scorers = sum(weights(rewards.num_gpus, size, BF16_BYTES) + REPLICA_PROCESS_GIB for size in reward_models)
     return (
         weights(config.learner.num_gpus, policy, LEARNER_BYTES)
-        + LEARNER_PROCESS_GIB
+        + config.learner.num_ranks * LEARNER_PROCESS_GIB
         + rollout.num_workers * engine
         + rewards.num_replicas * scorers
         + reference.num_replicas * (weights(reference.num_gpus, policy, BF16_BYTES) + REPLICA_PROCESS_GIB)

@@ -79,14 +79,14 @@ def write_project(folder: Path, model: Path) -> dict[str, Any]:
         "rewards": [{"name": "letter", "function": "judges_of_test:letter_e"}],
         "sampling": {"max_response_tokens": 24},
         "rollout": {"kv_cache_gib": 0.1, "max_concurrent": 32},
-        "ppo": {
+        "algorithm": {"kl_coef": 0.0},
+        "training": {
             "batch_size": 32,
             "samples_per_prompt": 2,
             "epochs": 3,
             "minibatches": 2,
             "learning_rate": 1e-3,
             "value_learning_rate": 1e-3,
-            "kl_coef": 0.0,
             "dtype": "float32",
         },
         "checkpoint": {"every_steps": 4},
@@ -265,7 +265,7 @@ def test_checkpoints_are_whole_and_load(finished: Finished) -> None:
     assert problems == []
     manifest = json.loads((saved.path / "MANIFEST.json").read_text(encoding="utf-8"))
     assert (manifest["schema_version"], manifest["step"]) == (1, STEPS)
-    assert {"policy/model.safetensors", "policy/config.json", "state/learner.pt"} <= set(manifest["files"])
+    assert {"policy/model.safetensors", "policy/config.json", "state/learner.json"} <= set(manifest["files"])
     assert AutoTokenizer.from_pretrained(saved.policy).chat_template
     model = AutoModelForCausalLM.from_pretrained(saved.policy)
     assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in model.parameters())
@@ -282,6 +282,7 @@ def test_the_run_directory_holds_what_design_names(finished: Finished) -> None:
     assert list((finished.run_dir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_eval_scores_a_checkpoint_as_its_run_did(finished: Finished) -> None:
     """Also the proof that vLLM loads a checkpoint, and that it holds what the engines served."""
     with Command(
@@ -326,7 +327,8 @@ def on_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         ],
         "logging": {"tensorboard": False},
     }
-    config["ppo"] |= {"samples_per_prompt": 1, "kl_coef": 0.1, "kl_target": 5.0, "truncation": "bootstrap"}
+    config["training"] |= {"samples_per_prompt": 1}
+    config["algorithm"] = {"kl_coef": 0.1, "kl_target": 5.0, "truncation": "bootstrap"}
     pairs = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}!"} for i in range(10)]
     write_prompts(folder / "preferences.jsonl", [*pairs, {"prompt": "x", "chosen": "same", "rejected": "same "}])
     write_config(folder, config)
@@ -394,6 +396,7 @@ def simulated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         return folder / "run", end(command, folder / "run")
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_first(simulated: tuple[Path, Ended]) -> None:
     run_dir, ended = simulated
     assert ended.status == 143, ended.output
@@ -402,6 +405,7 @@ def test_sigterm_writes_a_checkpoint_first(simulated: tuple[Path, Ended]) -> Non
     check_experience(run_dir, max_lag_steps=2)
 
 
+@pytest.mark.slow
 def test_simulated_voters_train_the_reward_model(simulated: tuple[Path, Ended]) -> None:
     run_dir, _ = simulated
     preferences = json.loads((run_dir / "preferences.json").read_text(encoding="utf-8"))
@@ -414,6 +418,7 @@ def test_simulated_voters_train_the_reward_model(simulated: tuple[Path, Ended]) 
     assert before["roles"]["gold/short"] == "gold"
 
 
+@pytest.mark.slow
 def test_a_reward_that_always_raises_ends_the_run_with_its_reason(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -474,7 +479,7 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ppo.learning_rat=1e-6", "config.yaml: ppo.learning_rat: unknown key, did you mean learning_rate?"),
+        ("training.learning_rat=1e-6", "config.yaml: training.learning_rat: unknown key, did you mean learning_rate?"),
         ("steps=many", "config.yaml: steps: input should be a valid integer"),
         ("steps", "override 'steps': write key=value"),
         ("prompts.path=none.jsonl", "none.jsonl: cannot be read: No such file or directory"),
@@ -490,7 +495,7 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "rewards=[{name: x, model: preferences}]",
             "config.yaml: rewards: model is `preferences`, but there is no preferences",
         ),
-        ("ppo.batch_size=33", "config.yaml: ppo: batch_size 33 is not divisible by samples_per_prompt 2"),
+        ("training.batch_size=33", "config.yaml: training: batch_size 33 is not divisible by samples_per_prompt 2"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_nothing_written(

@@ -29,8 +29,8 @@ def message_of(tmp_path, changes, overrides=()):
 
 def test_a_minimal_file_gets_every_default(tmp_path):
     config = load_with(tmp_path, {})
-    assert config.ppo.learning_rate == 1e-6
-    assert config.queue_samples == config.ppo.batch_size
+    assert config.training.learning_rate == 1e-6
+    assert config.queue_samples == config.training.batch_size
     assert config.max_prompt_tokens == config.model.max_context_tokens - config.sampling.max_response_tokens
     assert not config.resume
 
@@ -39,8 +39,8 @@ def test_a_minimal_file_gets_every_default(tmp_path):
     ("changes", "parts"),
     [
         ({"stpes": 3}, ["stpes: unknown key", "did you mean steps?"]),
-        ({"ppo": {"lerning_rate": 1}}, ["ppo.lerning_rate: unknown key", "did you mean learning_rate?"]),
-        ({"ppo": {"zzzz": 1}}, ["ppo.zzzz: unknown key", "known here: batch_size, "]),
+        ({"training": {"lerning_rate": 1}}, ["training.lerning_rate: unknown key", "did you mean learning_rate?"]),
+        ({"training": {"zzzz": 1}}, ["training.zzzz: unknown key", "known here: activation_checkpointing, batch_size, "]),
         (
             {"rewards": [{"name": "a", "function": "a:b", "wieght": 2}]},
             ["rewards.0.wieght: unknown key", "did you mean weight?"],
@@ -61,9 +61,9 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path, changes, p
     [
         ({"steps": "many"}, "steps: input should be a valid integer"),
         ({"steps": True}, "steps: true is not allowed here"),
-        ({"ppo": {"learning_rate": True}}, "ppo.learning_rate: true is not allowed here"),
+        ({"training": {"learning_rate": True}}, "training.learning_rate: true is not allowed here"),
         ({"resume": "perhaps"}, "resume: input should be a valid boolean"),
-        ({"ppo": 3}, "ppo: a section with keys of its own is expected, got 3"),
+        ({"training": 3}, "training: a section with keys of its own is expected, got 3"),
         ({"rewards": {"a": 1}}, "rewards: input should be a valid tuple"),
         ({"prompts": {"path": "p", "system": 5}}, "prompts.system: input should be a valid string, got 5"),
         ({"model": {"path": ["x" * 500]}}, "model.path: input should be a valid string, got ['xxx"),
@@ -81,14 +81,14 @@ def test_a_wrong_type_is_named(tmp_path, changes, start):
         ({"steps": 0}, "steps: "),
         ({"seed": -1}, "seed: "),
         ({"sampling": {"temperature": 0}}, "sampling.temperature: "),
-        ({"ppo": {"learning_rate": float("inf")}}, "ppo.learning_rate: input should be a finite number"),
-        ({"ppo": {"learning_rate": float("nan")}}, "ppo.learning_rate: "),
-        ({"ppo": {"gamma": 1.5}}, "ppo.gamma: "),
-        ({"ppo": {"batch_size": 10, "samples_per_prompt": 4}}, "ppo: batch_size 10 is not divisible"),
-        ({"ppo": {"batch_size": 9}}, "not divisible by minibatches 2"),
-        ({"ppo": {"micro_batch_tokens": 100}}, "ppo.micro_batch_tokens 100 is less than one sequence"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: input should be a finite number"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
+        ({"algorithm": {"gamma": 1.5}}, "algorithm.gamma: "),
+        ({"training": {"batch_size": 10, "samples_per_prompt": 4}}, "training: batch_size 10 is not divisible"),
+        ({"training": {"batch_size": 9}}, "not divisible by minibatches 2"),
+        ({"training": {"micro_batch_tokens": 100}}, "training.micro_batch_tokens 100 is less than one sequence"),
         ({"sampling": {"max_response_tokens": 1024}}, "leaves no room for a prompt"),
-        ({"streaming": {"queue_samples": 2}}, "streaming.queue_samples 2 is less than ppo.batch_size 64"),
+        ({"streaming": {"queue_samples": 2}}, "streaming.queue_samples 2 is less than training.batch_size 64"),
         ({"rewards": []}, "rewards: "),
         ({"rewards": [{"name": "a"}]}, "rewards.0: give exactly one of model and function"),
         ({"rewards": [{"name": "a", "model": "preferences"}]}, "there is no preferences section"),
@@ -113,20 +113,20 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 def test_overrides_reach_nested_keys_and_read_numbers(tmp_path):
-    overrides = ["ppo.learning_rate=1e-6", "ppo.kl_target=6", "resume=true", "steps=1e2", "prompts.system='5'"]
-    config = load_with(tmp_path, {"ppo": {"learning_rate": 3e-5, "epochs": 7}}, overrides)
-    assert (config.ppo.learning_rate, config.ppo.epochs, config.ppo.kl_target) == (1e-6, 7, 6.0)
+    overrides = ["training.learning_rate=1e-6", "algorithm.kl_target=6", "resume=true", "steps=1e2", "prompts.system='5'"]
+    config = load_with(tmp_path, {"training": {"learning_rate": 3e-5, "epochs": 7}}, overrides)
+    assert (config.training.learning_rate, config.training.epochs, config.algorithm.kl_target) == (1e-6, 7, 6.0)
     assert config.resume is True
     assert config.steps == 100
     assert config.prompts.system == "5"
 
 
 def test_overrides_make_sections_that_the_file_does_not_have(tmp_path):
-    config = load_with(tmp_path, {"ppo": None}, ["preferences.simulate.gold=a:b", "ppo.epochs=3", "ray.num_cpus=null"])
+    config = load_with(tmp_path, {"training": None}, ["preferences.simulate.gold=a:b", "training.epochs=3", "ray.num_cpus=null"])
     assert config.preferences is not None
     assert config.preferences.simulate is not None
     assert config.preferences.simulate.gold == "a:b"
-    assert config.ppo.epochs == 3
+    assert config.training.epochs == 3
     assert config.ray.num_cpus is None
 
 
@@ -135,11 +135,11 @@ def test_overrides_make_sections_that_the_file_does_not_have(tmp_path):
     [
         ("steps", "write key=value"),
         ("=3", "write key=value"),
-        ("ppo..epochs=3", "write key=value"),
+        ("training..epochs=3", "write key=value"),
         ("steps=[1", "not valid YAML"),
         ("rewards.0.weight=2", "rewards is a list, not a section"),
         ("output_dir.x=2", "output_dir is a str, not a section"),
-        ("ppo.epcohs=2", "did you mean epochs?"),
+        ("training.epcohs=2", "did you mean epochs?"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path, override, part):
@@ -180,7 +180,7 @@ def test_dump_and_load_give_the_same_configuration(tmp_path):
             "evaluation": {"judges": [{"name": "judge", "function": "a:b", "weight": -0.5}]},
             "prompts": {"path": "dir with space/ä.jsonl", "system": "line one\nline two: 1e-6"},
         },
-        ["ppo.learning_rate=1.2345678901234567e-07", "streaming.max_lag_steps=2"],
+        ["training.learning_rate=1.2345678901234567e-07", "streaming.max_lag_steps=2"],
     )
     saved = tmp_path / "saved.yaml"
     saved.write_text(dump(config), encoding="utf-8")

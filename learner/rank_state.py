@@ -1,0 +1,94 @@
+"""The learner's state on disk: sharded tensors (torch.distributed.checkpoint) and a JSON file of all else.
+
+Every rank writes its shards, and any number of ranks can load them: state/learner/ holds parameters, critic and
+optimizer moments, state/learner.json the counters, the KL coefficient and the running statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from learner.ppo import PPOLearner
+
+
+def save_state(learner: PPOLearner, folder: Path) -> None:
+    """Write `learner/` and `learner.json` below `folder`; a collective."""
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    with _quiet():
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "learner")
+    if learner.ranks.rank == 0:
+        (folder / "learner.json").write_text(json.dumps(learner.counters(), indent=1), encoding="utf-8")
+
+
+def load_state(learner: PPOLearner, folder: Path) -> None:
+    """Take over what `save_state` wrote, on this many ranks or another number; a collective.
+
+    Raises:
+        ValueError: it is of another model or algorithm.
+    """
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    with _quiet():
+        _check_same(state, folder / "learner")
+        dcp.load(state, checkpoint_id=folder / "learner")
+    set_state_dict(
+        learner.policy,
+        learner.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    learner.restore_counters(json.loads((folder / "learner.json").read_text(encoding="utf-8")))
+
+
+def save_policy(learner: PPOLearner, folder: Path, tokenizer: Any) -> None:
+    """Write the policy as a Hugging Face folder in bf16; a collective, rank 0 writes."""
+    weights = learner.weights()
+    if learner.ranks.rank != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(
+        {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}, folder
+    )
+    model = learner.policy.policy
+    # The model's own config names the dtype of the masters, and its attention is the learner's business.
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16
+    config._attn_implementation = None
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_same(state: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError naming a tensor that is missing there or of another shape."""
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, tensor in state["model"].items():
+        found = saved.get(f"model.{name}")
+        size = getattr(found, "size", None)
+        if size is None or tuple(size) != tuple(tensor.shape):
+            what = "missing" if size is None else f"of shape {tuple(size)}"
+            raise ValueError(
+                f"{folder}: checkpoint of another model: {name} has shape {tuple(tensor.shape)} here, there it "
+                f"is {what}"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's own notes about its formats are not for the person who trains."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,236 @@
+"""Groups of learner ranks as Ray actors: two give what one gives, and a rank that dies or hangs costs no batch."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from contracts.algorithm import AlgorithmConfig, TrainingConfig
+from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.records import ScoredRollout
+from learner.group import LearnerGroup, LearnerSettings, RankFailure
+from models.weights import from_wire
+from tests.command import Processes
+from tests.conftest import RunCoroutine
+from tests.rollouts import scored_rollout
+
+STEPS = 3
+
+
+def batch(step: int) -> list[ScoredRollout]:
+    """Four prompts, two responses each, of many lengths."""
+    source = random.Random(step)
+    samples = []
+    for group in range(4):
+        prompt = [source.randrange(3, 300) for _ in range(source.randrange(2, 12))]
+        for number in range(2):
+            length = source.randrange(1, 14)
+            samples.append(
+                scored_rollout(
+                    f"s{step}/g{group}/{number}",
+                    group_id=f"s{step}/g{group}",
+                    prompt=prompt,
+                    response=[source.randrange(3, 300) for _ in range(length)],
+                    behavior=[-5.8 + source.random() for _ in range(length)],
+                    reference=[-5.8 + source.random() for _ in range(length)],
+                    versions=[step - 1] * length,
+                    reward=source.gauss(0, 1),
+                    finish_reason=source.choice(["stop", "length"]),
+                )
+            )
+    return samples
+
+
+def settings(model: Path, **training: object) -> LearnerSettings:
+    defaults: dict[str, object] = {
+        "batch_size": 8,
+        "samples_per_prompt": 2,
+        "epochs": 2,
+        "minibatches": 2,
+        "micro_batch_tokens": 40,
+        "learning_rate": 1e-3,
+        "value_learning_rate": 1e-3,
+        "dtype": "float32",
+    }
+    return LearnerSettings(
+        model_path=str(model),
+        critic_path=None,
+        algorithm=AlgorithmConfig(kl_target=1.0, normalise_values=True, normalise_rewards=True),
+        training=TrainingConfig.model_validate(defaults | training),
+        temperature=0.9,
+        max_response_tokens=16,
+        total_steps=10,
+        seed=3,
+    )
+
+
+@asynccontextmanager
+async def group(
+    ranks: int, chosen: LearnerSettings, *, notes: list[str] | None = None, rank_s: float = 60.0, **options: object
+) -> AsyncIterator[LearnerGroup]:
+    made = LearnerGroup(
+        chosen,
+        LearnerConfig(num_ranks=ranks, num_cpus=0.1, threads=1),
+        DeadlinesConfig(rank_s=rank_s),
+        logged=batch,
+        note=[].append if notes is None else notes.append,
+        **options,  # type: ignore[arg-type]
+    )
+    await made.ready()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+async def trained(made: LearnerGroup, first: int = 1, last: int = STEPS) -> list[dict[str, float]]:
+    return [await made.step(batch(step), training_version=step - 1) for step in range(first, last + 1)]
+
+
+async def weights(made: LearnerGroup, version: int) -> dict[str, torch.Tensor]:
+    _, payload = await made.publish(version)
+    return {name: tensor.clone() for name, tensor in from_wire(await payload[0]).items()}
+
+
+async def run_of(ranks: int, chosen: LearnerSettings) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    async with group(ranks, chosen) as made:
+        return await trained(made), await weights(made, STEPS)
+
+
+def rank_processes(processes: Processes) -> list[psutil.Process]:
+    return sorted(processes.alive("ray::LearnerRank"), key=lambda process: process.create_time())
+
+
+@pytest.fixture(scope="module")
+def one_rank(ray_session: Processes, tiny_model: Path, run: RunCoroutine) -> tuple[list[dict[str, float]], dict]:
+    return run(run_of(1, settings(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ray_session: Processes, tiny_model: Path, run: RunCoroutine) -> tuple[list[dict[str, float]], dict]:
+    return run(run_of(2, settings(tiny_model)))
+
+
+def test_two_ranks_give_what_one_gives(one_rank, two_ranks) -> None:
+    """Four optimizer steps a step with adaptive KL and running statistics: metrics in fp32, weights as published."""
+    metrics, expected = one_rank
+    more_metrics, found = two_ranks
+    for step, (row, other) in enumerate(zip(metrics, more_metrics, strict=True), start=1):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=2e-4, abs=2e-5), (step, name)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():  # bf16 keeps 8 bits: a value may round to its neighbour
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=1 / 128, atol=1e-4, msg=name)
+    changed = sum(int((found[name] != tensor).sum()) for name, tensor in expected.items())
+    assert changed < 0.01 * sum(tensor.numel() for tensor in expected.values())
+
+
+def test_a_checkpoint_of_one_rank_goes_on_on_two(one_rank, tiny_model: Path, tmp_path: Path, run: RunCoroutine) -> None:
+    metrics, _ = one_rank
+
+    async def check() -> dict[str, float]:
+        async with group(1, settings(tiny_model)) as made:
+            await trained(made, last=STEPS - 1)
+            await made.save(tmp_path)
+        async with group(2, settings(tiny_model), snapshot=tmp_path / "state", step=STEPS - 1) as made:
+            return (await trained(made, first=STEPS))[0]
+
+    row = run(check())
+    for name, value in metrics[-1].items():
+        assert row[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in saved.parameters())
+    state = json.loads((tmp_path / "state" / "learner.json").read_text(encoding="utf-8"))
+    assert state["step_count"] == STEPS - 1
+    assert state["kl_coef"] != settings(tiny_model).algorithm.kl_coef
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_lost_rank_is_named_and_no_batch_is_lost(
+    two_ranks, tiny_model: Path, tmp_path: Path, run: RunCoroutine, end: signal.Signals
+) -> None:
+    """Killed or frozen in step 3, with a checkpoint of step 1: the same bits come out."""
+    notes: list[str] = []
+
+    async def disturbed() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        async with group(2, settings(tiny_model), notes=notes, rank_s=4.0) as made:
+            metrics = await trained(made, last=1)
+            await made.save(tmp_path)
+            made.checkpointed(1, tmp_path / "state")
+            metrics += await trained(made, first=2, last=2)
+            lost = await made.pid(1)
+            os.kill(lost, end)
+            metrics += await trained(made, first=3)
+            assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == psutil.STATUS_ZOMBIE
+            return metrics, await weights(made, STEPS)
+
+    expected_metrics, expected = two_ranks
+    metrics, found = run(disturbed())
+    assert len(notes) == 1
+    assert "learner rank 1 of 2" in notes[0]
+    what = "died while asked to train step 3" if end == signal.SIGKILL else "has not answered for 4 s"
+    assert what in notes[0]
+    assert "re-forms from step 1" in notes[0]
+    assert metrics == expected_metrics
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_keeps_dying_ends_the_run_with_its_name(
+    ray_session: Processes, tiny_model: Path, run: RunCoroutine
+) -> None:
+    notes: list[str] = []
+
+    async def check() -> None:
+        async with group(2, settings(tiny_model), notes=notes) as made:
+            dying = asyncio.create_task(kill_again_and_again(made))
+            try:
+                with pytest.raises(RankFailure, match="learner rank 1 of 2 died while asked to"):
+                    await made.step(batch(1), training_version=0)
+            finally:
+                dying.cancel()
+
+    run(check())
+    assert len(notes) == 3
+
+
+async def kill_again_and_again(made: LearnerGroup) -> None:
+    while True:
+        try:
+            os.kill(await made.pid(1), signal.SIGKILL)
+        except (ray.exceptions.RayActorError, ProcessLookupError, IndexError):
+            await asyncio.sleep(0.05)
+
+
+def test_a_batch_that_cannot_be_trained_is_the_batchs_fault(
+    ray_session: Processes, tiny_model: Path, run: RunCoroutine
+) -> None:
+    """Not taken for a failure of the ranks: no repair is tried."""
+    notes: list[str] = []
+
+    async def check() -> None:
+        async with group(2, settings(tiny_model), notes=notes) as made:
+            bad = [*batch(1)[:-1], scored_rollout("bad one", group_id="x", reward=float("nan"))]
+            with pytest.raises(ValueError, match="trajectory bad one: reward is not finite"):
+                await made.step(bad, training_version=0)
+            await made.step(batch(1), training_version=0)
+
+    run(check())
+    assert notes == []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(ray_session: Processes) -> Iterator[None]:
+    yield
+    assert psutil.wait_procs(rank_processes(ray_session), timeout=20)[1] == []
