@@ -21,6 +21,7 @@ from contracts.clock import BusyClock
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
+from models.engine_adapters import AdapterSettings
 
 _FIRST_BACKOFF_S = 1.0
 _FREE_POLL_S = 0.02
@@ -57,6 +58,7 @@ class RolloutPool:
         path: str,
         version: int,
         seed: int,
+        adapters: AdapterSettings | None = None,
         max_deaths_in_a_row: int = 3,
     ) -> None:
         self._model = model
@@ -65,6 +67,7 @@ class RolloutPool:
         self._path = path
         self._path_version = version
         self._seed = seed
+        self._adapters = adapters
         self._max_deaths_in_a_row = max_deaths_in_a_row
         self.on_change: Callable[[str], None] = lambda event: None
         self._latest: tuple[WeightsUpdate, list[ray.ObjectRef]] | None = None
@@ -157,7 +160,14 @@ class RolloutPool:
         self._started += 1
         handle = RolloutActor.options(  # type: ignore[attr-defined]
             num_cpus=self._config.num_cpus, num_gpus=self._config.num_gpus
-        ).remote(actor_id, self._model, self._config, path=self._path, version=self._path_version)
+        ).remote(
+            actor_id,
+            self._model,
+            self._config,
+            path=self._path,
+            version=self._path_version,
+            adapters=self._adapters,
+        )
         try:
             version = await answer(
                 handle.start.remote(seed=self._seed),

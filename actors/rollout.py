@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from contracts.config import ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from models.engine import Engine, WeightsError
+from models.engine_adapters import AdapterSettings
 from models.weights import digest
 
 
@@ -36,12 +37,22 @@ class RolloutRequest:
 class RolloutActor:
     """Samples responses and takes new weights between and in the middle of them."""
 
-    def __init__(self, actor_id: str, model: ModelConfig, config: RolloutConfig, *, path: str, version: int) -> None:
+    def __init__(
+        self,
+        actor_id: str,
+        model: ModelConfig,
+        config: RolloutConfig,
+        *,
+        path: str,
+        version: int,
+        adapters: AdapterSettings | None = None,
+    ) -> None:
         self._actor_id = actor_id
         self._model = model
         self._config = config
         self._path = path
         self._version = version
+        self._adapters = adapters
         self._engine: Engine | None = None
 
     async def start(self, *, seed: int) -> int:
@@ -59,6 +70,7 @@ class RolloutActor:
             threads=self._config.threads,
             seed=seed,
             weights_version=self._version,
+            adapters=self._adapters,
         )
         return self._engine.version
 
@@ -92,7 +104,7 @@ class RolloutActor:
         )
 
     async def load_weights(self, update: WeightsUpdate, payload: list[ray.ObjectRef], *, deadline_s: float) -> float:
-        """Take new weights; returns the wall seconds for which requests were held.
+        """Take new weights, or a new adapter; returns the wall seconds for which requests were held.
 
         Raises:
             WeightsError: the digest of what arrived differs from the learner's; the engine is unharmed.
@@ -101,8 +113,9 @@ class RolloutActor:
         tensors = await payload[0]
         if digest(tensors) != update.digest:
             raise WeightsError(f"{self._actor_id}: version {update.version} arrived damaged (its digest differs)")
+        load = engine.load_adapter if update.is_adapter else engine.load_weights
         try:
-            return await engine.load_weights(update.version, tensors, deadline_s=deadline_s)
+            return await load(update.version, tensors, deadline_s=deadline_s)
         finally:
             if engine.broken:
                 exit_actor()

@@ -63,6 +63,7 @@ class Job:
     scoring: BusyClock = field(default_factory=BusyClock)
     bad_reasons: list[str] = field(default_factory=list)  # of what was quarantined since the last batch
     expired_in_a_row: int = 0
+    dropped_in_a_row: int = 0
     last_checkpoint: Checkpoint | None = None
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 

@@ -40,10 +40,11 @@ class LeaseCounts:
     trained: int = 0
     quarantined: int = 0
     expired: int = 0
+    dropped: int = 0
 
     @property
     def open(self) -> int:
-        return self.issued - self.trained - self.quarantined - self.expired
+        return self.issued - self.trained - self.quarantined - self.expired - self.dropped
 
 
 @dataclass
@@ -99,6 +100,11 @@ class LeaseBook:
         """Give an overdue group up; its prompt is issued again as a new group."""
         del self._running[lease.group_id]
         self.counts.expired += lease.num_samples - self._quarantined.pop(lease.group_id, 0)
+
+    def drop(self, lease: Lease) -> None:
+        """A whole group teaches nothing; another prompt takes its place."""
+        del self._running[lease.group_id]
+        self.counts.dropped += lease.num_samples - self._quarantined.pop(lease.group_id, 0)
 
     def quarantine(self, lease: Lease) -> None:
         """One trajectory of the group is bad. The lease of a group without a good one ends."""

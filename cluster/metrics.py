@@ -55,6 +55,7 @@ class StepClock:
             "trajectories_trained": job.leases.counts.trained,
             "trajectories_quarantined": job.leases.counts.quarantined,
             "trajectories_expired": job.leases.counts.expired,
+            "trajectories_dropped": job.leases.counts.dropped,
         }
         self._begin()
         return row

@@ -15,6 +15,7 @@ from cluster.launch import Job
 from cluster.leases import LeaseBook
 from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
+from cluster.preflight.adapters import check_adapters
 from cluster.progress import Progress
 from cluster.run_log import RunLog, write_json
 from contracts.config import Config, ConfigError, dump
@@ -23,6 +24,7 @@ from contracts.stopping import StopRequest
 from learner import checkpoint as checkpoints
 from learner.experience_queue import ExperienceQueue, StalenessBound
 from models import bundled
+from models.engine_adapters import AdapterSettings
 
 
 async def prepare(
@@ -36,6 +38,8 @@ async def prepare(
     progress.phase(f"Loading {config.model.path}")
     base_path = await asyncio.to_thread(bundled.resolve, config.model.path)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, base_path)
+    if config.training.lora is not None:  # the preflight could not look into a model that was not here yet
+        await asyncio.to_thread(check_adapters, config.training.lora, base_path, "model.path")
     prompts, eval_prompts = render_prompts(config, preflight, tokenizer, progress)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -46,9 +50,15 @@ async def prepare(
     run_id = launch.new_run_id()
     await stack.enter_async_context(launch.cluster(config, run_id, progress))
     version = saved.step if saved else 0
-    policy_path = str(saved.policy.resolve()) if saved else base_path
+    path, adapters = policy_to_start_from(config, base_path, saved)
     pool = RolloutPool(
-        config.model, config.rollout, config.deadlines, path=policy_path, version=version, seed=config.seed
+        config.model,
+        config.rollout,
+        config.deadlines,
+        path=path,
+        version=version,
+        seed=config.seed,
+        adapters=adapters,
     )
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
@@ -91,6 +101,18 @@ async def prepare(
     if saved is not None:
         await recover.restore(job, saved, prompts)
     return job
+
+
+def policy_to_start_from(
+    config: Config, base_path: str, saved: checkpoints.Checkpoint | None
+) -> tuple[str, AdapterSettings | None]:
+    """The model that engines load first. With LoRA it is always the base: adapters are published for that one."""
+    lora = config.training.lora
+    if lora is None:
+        return (str(saved.policy.resolve()) if saved else base_path), None
+    initial = str(saved.adapter.resolve()) if saved else None
+    # Responses may run on that began up to max_lag_steps before the newest version but one.
+    return base_path, AdapterSettings(lora, initial, max_versions=config.streaming.max_lag_steps + 2)
 
 
 def worker_changed(job: Job, event: str) -> None:

@@ -13,12 +13,13 @@ from cluster.evaluate import Evaluation, from_record, record
 from cluster.launch import Job
 from cluster.leases import Lease
 from cluster.run_log import write_json
-from contracts.records import SCHEMA_VERSION, Prompt, Rollout, experience_records, experience_table
+from contracts.records import SCHEMA_VERSION, Prompt, Rollout, ScoredRollout, experience_records, experience_table
 from contracts.waiting import NoAnswer
 from learner import checkpoint as checkpoints
 from learner.experience_queue import ScoredGroup
 
 _MIN_BAD = 4  # a share says nothing about a handful
+_MAX_DROPPED_BATCHES = 20  # of groups without variance in a row
 
 
 class TooManyBad(RuntimeError):
@@ -74,6 +75,31 @@ def stop_if_too_many_bad(job: Job, good: int) -> None:
             f"(streaming.max_bad_fraction {allowed:g}); the last: {job.bad_reasons[-1]}; "
             f"all are in {job.log.run_dir / 'quarantine.jsonl'}"
         )
+
+
+def drop(job: Job, lease: Lease) -> None:
+    """Give up a group whose rewards are all equal; another prompt is sampled instead.
+
+    Raises:
+        TooManyBad: nothing but such groups came since the last batch.
+    """
+    job.leases.drop(lease)
+    job.dropped_in_a_row += 1
+    if job.dropped_in_a_row > _MAX_DROPPED_BATCHES * job.bound.groups_per_batch:
+        raise TooManyBad(
+            f"{job.dropped_in_a_row} groups were dropped for step {job.version + 1} because all their rewards were "
+            "equal (algorithm.drop_equal_groups): the reward does not tell this policy's responses apart"
+        )
+
+
+async def train(job: Job, samples: list[ScoredRollout]) -> dict[str, float]:
+    """One step of the learner. Where it gives up, the error says which checkpoint is the last good one."""
+    try:
+        return await job.learner.step(samples, training_version=job.version)
+    except ArithmeticError as error:
+        last = job.last_checkpoint
+        where = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
+        raise ArithmeticError(f"{str(error).strip().splitlines()[-1]}; {where}") from error
 
 
 async def checkpoint(job: Job) -> None:

@@ -35,6 +35,7 @@ from contracts.records import ScoredRollout
 from contracts.seeds import derive_seed
 from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer
+from learner.experience import problem_of, rewards_equal
 from learner.experience_queue import ScoredGroup
 
 _LOOK_AGAIN_S = 5.0
@@ -53,7 +54,8 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
     async with AsyncExitStack() as stack:
         job = await prepare(config, preflight, progress, stopping, stack)
         before = await recover.evaluation_before(job, evaluate)
-        progress.phase(f"Training with PPO: {config.steps} steps of {config.training.batch_size} responses")
+        name, batch_size = config.algorithm.name.upper(), config.training.batch_size
+        progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]
@@ -103,7 +105,9 @@ async def collect_group(job: Job, lease: Lease, worker: Worker) -> None:
             return
         lease, worker = await job.another_worker(lease)
     good = tuple(sample for sample in scored.values() if sample is not None)
-    if good:
+    if good and job.config.algorithm.drop_equal_groups and rewards_equal(good):
+        recover.drop(job, lease)
+    elif good:
         await job.queue.put(ScoredGroup(lease.group_id, lease.started_version, good))
         job.leases.queued(lease)
         job.expired_in_a_row = 0
@@ -132,7 +136,12 @@ async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: 
     except BadSample as bad:
         await recover.quarantine(job, lease, rollout, reason=str(bad))
         return None
-    return ScoredRollout(rollout, reward, components, version, reference)
+    sample = ScoredRollout(rollout, reward, components, version, reference)
+    problem = problem_of(sample, token_budget=job.config.training.micro_batch_tokens)
+    if problem is not None:
+        await recover.quarantine(job, lease, rollout, reason=problem)
+        return None
+    return sample
 
 
 async def learn(job: Job, clock: StepClock) -> None:
@@ -144,11 +153,12 @@ async def learn(job: Job, clock: StepClock) -> None:
     samples = [sample for group in batch for sample in group.samples]
     recover.stop_if_too_many_bad(job, len(samples))
     job.bad_reasons.clear()
+    job.dropped_in_a_row = 0
     job.log.experience(job.version + 1, samples)
     job.leases.trained(batch)
     await job.notify()
     job.progress.waiting(f"the learner: step {job.version + 1}")
-    trained = await job.learner.step(samples, training_version=job.version)
+    trained = await recover.train(job, samples)
     clock.learned()
     sent = await publish(job, job.version + 1)
     row = clock.row(samples) | reward_metrics(samples) | trained | sent
@@ -186,7 +196,7 @@ async def publish(job: Job, version: int) -> dict[str, Any]:
     await job.notify()
     return {
         "broadcast_bytes": update.num_bytes,
-        "broadcast_bytes_dense": update.num_bytes,
+        "broadcast_bytes_dense": update.dense_bytes,
         "generation_paused_s": paused_s,
         "publish_s": time.monotonic() - began,
     }

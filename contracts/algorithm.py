@@ -93,8 +93,8 @@ class AlgorithmConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, through PEFT): they alone are trained, published and kept."""
 
-    rank: PositiveInt = 16
-    alpha: PositiveInt = 32
+    rank: Annotated[int, Field(gt=0, le=512)] = Field(default=16, description="vLLM loads adapters of at most 512")
+    alpha: PositiveInt = Field(default=32, description="adapters are scaled by alpha / rank")
     target_modules: tuple[str, ...] | None = Field(
         default=None, description="names of linear layers; default: all but the output projection"
     )

@@ -85,12 +85,18 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class WeightsUpdate:
-    """Weights of one version, to be applied to `base_version` (None: a keyframe, complete in itself)."""
+    """Weights of one version, to be applied to `base_version` (None: a keyframe, complete in itself).
+
+    With `is_adapter` it is a LoRA adapter, complete too, for the model that the run started from. `dense_bytes` is
+    what all weights of the policy would take.
+    """
 
     version: int
     base_version: int | None
     num_bytes: int
     digest: str
+    dense_bytes: int
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ class Checkpoint:
         return self.path / "policy"
 
     @property
+    def adapter(self) -> Path:
+        """Of a run with LoRA: the policy as a PEFT folder over the model that the run started from."""
+        return self.path / "policy_adapter"
+
+    @property
     def state(self) -> Path:
         return self.path / "state"
 

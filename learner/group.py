@@ -28,11 +28,11 @@ from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from learner.ppo import PPOLearner
 from learner.publish import WeightsRef, publish
-from learner.rank_state import load_state, save_policy, save_state
+from learner.rank_state import load_state, save_policy, save_policy_adapter, save_state
 from learner.ranks import join
 
 # Fresh blocks for every large tensor cost a third of a step in page faults: freed memory is kept, in huge pages.
-_ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 _LOOK_AGAIN_S = 2.0
 _MAX_REFORMS = 3  # in a row, without a call that succeeded
 _BLAME_S = 5.0  # beyond deadlines.rank_s: how long a survivor's error waits for the news of the rank that failed
@@ -97,14 +97,19 @@ class LearnerRank:
         return self._loaded.step(batch, training_version=training_version)
 
     def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef] | None:
-        """Rank 0 puts the whole weights into the object store; the others help to gather them."""
-        weights = self._loaded.weights()
-        return publish(weights, version=version) if self._rank == 0 else None
+        """Rank 0 puts the whole weights, with LoRA the adapter, into the object store; the others help to gather."""
+        learner = self._loaded
+        lora = self._settings.training.lora
+        tensors, dense_bytes = (
+            (learner.weights(), None) if lora is None else (learner.adapter_weights(), learner.dense_bytes())
+        )
+        return publish(tensors, version=version, dense_bytes=dense_bytes) if self._rank == 0 else None
 
     def save(self, folder: str) -> None:
-        """Write `policy/` and `state/` below `folder`."""
+        """Write `policy/`, with LoRA `policy_adapter/`, and `state/` below `folder`."""
         tokenizer = AutoTokenizer.from_pretrained(self._settings.model_path)
         save_policy(self._loaded, Path(folder, "policy"), tokenizer)
+        save_policy_adapter(self._loaded, Path(folder, "policy_adapter"), base=self._settings.model_path)
         save_state(self._loaded, Path(folder, "state"))
 
     @ray.method(concurrency_group="health")
@@ -189,7 +194,7 @@ class LearnerGroup:
             LearnerRank.options(  # type: ignore[attr-defined]
                 num_cpus=self._workers.num_cpus,
                 num_gpus=self._workers.num_gpus,
-                runtime_env={"env_vars": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", _ALLOCATOR)}},
+                runtime_env={"env_vars": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ALLOCATOR)}},
             ).remote(self._settings, rank, size, self._workers.threads, self._deadlines.rank_s)
             for rank in range(size)
         ]

@@ -19,6 +19,7 @@ from contracts.records import ScoredRollout
 from contracts.seeds import derive_seed
 from learner.actor_critic import ActorCritic, Losses, Scores
 from learner.experience import Experience, MicroBatch, plan_micro_batches, to_experience
+from learner.lora import adapter_names, adapters, add_adapters, merged
 from learner.loss import entropy_bonus, kl_penalty_loss, policy_loss, token_weights, value_loss
 from learner.metrics import batch_metrics, lag_metrics, update_metrics
 from learner.normalise import RunningMoments
@@ -55,7 +56,10 @@ class PPOLearner:
             has_critic=algorithm.has_critic,
             critic_path=critic_path or model_path if algorithm.critic == "separate" and algorithm.has_critic else None,
             packing=training.packing,
-        ).to(self.ranks.device)
+        )
+        if training.lora is not None:
+            add_adapters(self.policy, training.lora, dtype=getattr(torch, training.dtype), seed=seed)
+        self.policy.to(self.ranks.device)
         shard(
             self.policy,
             self.ranks,
@@ -68,16 +72,24 @@ class PPOLearner:
         self.passes = 0  # through the model, as a sign of life
         self.reward_moments = RunningMoments()
         self.value_moments = RunningMoments()
-        critic = [p for name, p in self.policy.named_parameters() if not name.startswith("policy.")]
+        trained = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        critic = [p for name, p in trained if not name.startswith("policy.")]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(self.policy.policy.parameters()), "base_lr": training.learning_rate},
+                {"params": [p for name, p in trained if name.startswith("policy.")], "base_lr": training.learning_rate},
                 *([{"params": critic, "base_lr": training.value_learning_rate}] if critic else []),
             ],
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             fused=True,
         )
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+            # From the start: torch makes them where a state is first saved, by a step that Adam counts.
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self.ranks.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
         """Train on one batch; a collective.
@@ -93,7 +105,7 @@ class PPOLearner:
         minibatches = self._minibatches(experience, training_version)
         predicted = None
         if needs_predictions(self.algorithm, num_updates=len(minibatches)):
-            predicted = self._predict(experience, minibatches[: self.training.minibatches])
+            predicted = self._predict(experience, minibatches[: len(minibatches) // self.training.epochs])
         targets = self._targets(experience, predicted)
         stats: Counter[str] = Counter()
         for rows in minibatches:
@@ -226,18 +238,33 @@ class PPOLearner:
         numbers = torch.tensor([float(stats[name]) for name in names], dtype=torch.float64, device=self.ranks.device)
         sums, largest = self.ranks.sum_(numbers.clone()).tolist(), self.ranks.max_(numbers.clone()).tolist()
         return Counter(
-            {  # type: ignore[arg-type]
+            {
                 name: high if name.endswith("_max") else total
                 for name, total, high in zip(names, sums, largest, strict=True)
             }
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's whole tensors by checkpoint name; a tied output projection is left out. A collective."""
+        """The policy's whole tensors by checkpoint name, adapters merged; a tied output projection is left out.
+
+        A collective.
+        """
         tied = self.policy.tied()
-        return {
-            name: whole(tensor).detach() for name, tensor in self.policy.policy.state_dict().items() if name not in tied
-        }
+        state = {name: tensor for name, tensor in self.policy.policy.state_dict().items() if name not in tied}
+        if self.training.lora is not None:
+            return merged(state, self.training.lora, _detached)
+        return {name: _detached(tensor) for name, tensor in state.items()}
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The policy's whole adapter by PEFT's names, fp32; nothing without LoRA. A collective."""
+        return adapters(self.policy.policy.state_dict(), _detached)
+
+    def dense_bytes(self) -> int:
+        """What all weights of the policy take in bf16."""
+        tied = self.policy.tied()
+        state = self.policy.policy.state_dict()
+        adapter = adapter_names(state)
+        return 2 * sum(tensor.numel() for name, tensor in state.items() if name not in tied and name not in adapter)
 
     def counters(self) -> dict[str, Any]:
         """Everything in the state that is not a tensor."""
@@ -379,6 +406,10 @@ def _put(into: Tensor, values: Tensor, experience: Experience, rows: Sequence[in
     parts = values.float().cpu().split([len(experience.responses[row]) + extra for row in rows])
     for row, part in zip(rows, parts, strict=True):
         into[row, : len(part)] = part
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return whole(tensor).detach()
 
 
 def _all_but(length: int, left_out: Tensor) -> Tensor:

@@ -14,9 +14,21 @@ from models.weights import digest, to_wire
 WeightsRef = list["ray.ObjectRef"]
 
 
-def publish(tensors: Mapping[str, Tensor], *, version: int) -> tuple[WeightsUpdate, WeightsRef]:
-    """Put the bf16 weights of `version` where every engine can read them."""
+def publish(
+    tensors: Mapping[str, Tensor], *, version: int, dense_bytes: int | None = None
+) -> tuple[WeightsUpdate, WeightsRef]:
+    """Put the bf16 weights of `version` where every engine can read them.
+
+    `dense_bytes` is given where they are an adapter: what all weights of the policy would take.
+    """
     wire = to_wire(tensors)
     num_bytes = sum(array.nbytes for array in wire.values())
-    update = WeightsUpdate(version=version, base_version=None, num_bytes=num_bytes, digest=digest(wire))
+    update = WeightsUpdate(
+        version=version,
+        base_version=None,
+        num_bytes=num_bytes,
+        digest=digest(wire),
+        dense_bytes=num_bytes if dense_bytes is None else dense_bytes,
+        is_adapter=dense_bytes is not None,
+    )
     return update, [ray.put(wire)]

@@ -1,7 +1,8 @@
 """The learner's state on disk: sharded tensors (torch.distributed.checkpoint) and a JSON file of all else.
 
-Every rank writes its shards, and any number of ranks can load them: state/learner/ holds parameters, critic and
-optimizer moments, state/learner.json the counters, the KL coefficient and the running statistics.
+Every rank writes its shards, and any number of ranks can load them: state/learner/ holds what is trained (with LoRA
+only adapters and value head) and its optimizer moments, state/learner.json the counters, the KL coefficient and the
+running statistics.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from learner.ppo import PPOLearner
+from models.adapters import layer_kinds, save_adapter, skeleton
+
+# Layers that LoRA freezes are those of the base model: they are in no state.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_state(learner: PPOLearner, folder: Path) -> None:
     """Write `learner/` and `learner.json` below `folder`; a collective."""
-    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
     with _quiet():
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "learner")
+        dcp.save(_state(learner), checkpoint_id=folder / "learner")
     if learner.ranks.rank == 0:
         (folder / "learner.json").write_text(json.dumps(learner.counters(), indent=1), encoding="utf-8")
 
@@ -37,8 +41,7 @@ def load_state(learner: PPOLearner, folder: Path) -> None:
     Raises:
         ValueError: it is of another model or algorithm.
     """
-    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    state = _state(learner)
     with _quiet():
         _check_same(state, folder / "learner")
         dcp.load(state, checkpoint_id=folder / "learner")
@@ -47,6 +50,7 @@ def load_state(learner: PPOLearner, folder: Path) -> None:
         learner.optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=_TRAINED,
     )
     learner.restore_counters(json.loads((folder / "learner.json").read_text(encoding="utf-8")))
 
@@ -72,8 +76,29 @@ def save_policy(learner: PPOLearner, folder: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_policy_adapter(learner: PPOLearner, folder: Path, *, base: str) -> None:
+    """Write the policy's adapter, fp32, as a PEFT folder over the model `base`; a collective, rank 0 writes.
+
+    Does nothing without LoRA.
+    """
+    lora = learner.training.lora
+    if lora is None:
+        return
+    tensors = learner.adapter_weights()
+    if learner.ranks.rank == 0:
+        save_adapter(folder, tensors, lora, layer_kinds(skeleton(base), lora.target_modules), base=base)
+
+
+def _state(learner: PPOLearner) -> dict[str, Any]:
+    """The sharded tensors of a checkpoint, without frozen ones."""
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer, options=_TRAINED)
+    # torch leaves out a frozen tensor under the first of its names; a tied one has two.
+    frozen = {name for name, p in learner.policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {"model": {name: t for name, t in model.items() if name not in frozen}, "optimizer": optimizer}
+
+
 def _check_same(state: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError naming a tensor that is missing there or of another shape."""
+    """Raise ValueError naming a tensor that is missing on either side or of another shape."""
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, tensor in state["model"].items():
         found = saved.get(f"model.{name}")
@@ -84,6 +109,9 @@ def _check_same(state: dict[str, Any], folder: Path) -> None:
                 f"{folder}: checkpoint of another model: {name} has shape {tuple(tensor.shape)} here, there it "
                 f"is {what}"
             )
+    extra = sorted(name for name in saved if name.startswith("model.") and name[6:] not in state["model"])
+    if extra:
+        raise ValueError(f"{folder}: checkpoint of another model or algorithm: {extra[0][6:]} is not there here")
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def shard(module: ActorCritic, ranks: Ranks, *, dtype: str, activation_checkpoin
         fully_shard(module.value_head, mesh=ranks.mesh)  # small, and its targets are far from 1: fp32
     fully_shard(module, mesh=ranks.mesh, mp_policy=compute, reshard_after_forward=False)
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if isinstance(part, FSDPModule) and ranks.size > 1:
             # Losses are divided by the global token count already: gradients are summed, not averaged.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)

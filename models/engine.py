@@ -8,12 +8,13 @@ import asyncio
 import gc
 import os
 import platform
+import shutil
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 import psutil
 import torch
 from safetensors.torch import save_file
+
+from models.engine_adapters import Adapter, AdapterSettings, EngineAdapters, vllm_arguments
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams, TokensPrompt
@@ -65,11 +68,19 @@ class Engine:
     once its core has died, it serves nothing any more.
     """
 
-    def __init__(self, llm: "AsyncLLM", expected: "ExpectedWeights", *, weights_version: int) -> None:
+    def __init__(
+        self,
+        llm: "AsyncLLM",
+        expected: "ExpectedWeights",
+        *,
+        weights_version: int,
+        adapters: EngineAdapters | None = None,
+    ) -> None:
         self.version = weights_version
         self.broken: str | None = None
         self._llm = llm
         self._expected = expected
+        self._adapters = adapters
         self._running: set[asyncio.Task[CompletionOutput]] = set()
         self._update_lock = asyncio.Lock()
         # New requests wait while weights are exchanged: a prompt must not meet cached states of
@@ -93,6 +104,7 @@ class Engine:
         seed: int = 0,
         prefix_caching: bool = True,
         weights_version: int = 0,
+        adapters: AdapterSettings | None = None,
         start_timeout_s: float = 600.0,
     ) -> Self:
         """Start the engine core with the weights of `model` (a folder or a hub id).
@@ -100,10 +112,12 @@ class Engine:
         With `num_gpus` 0 it runs on CPU with `threads` OpenMP threads (None: all allowed
         cores) and `kv_cache_bytes` for cached states; else on GPUs with
         `gpu_memory_utilization` of their memory. `weights_version` labels the weights of
-        `model`. Takes about 10 s on CPU; gives up after `start_timeout_s`.
+        `model`; with `adapters`, those of `model` under the initial adapter, and then the
+        engine takes adapters and no other weights. Takes about 10 s on CPU; gives up after
+        `start_timeout_s`.
 
-        Raises RuntimeError where vLLM is not installed, is the build for other hardware, or the
-        engine core does not come up.
+        Raises ValueError where `adapters` do not fit the model, RuntimeError where vLLM is not
+        installed, is the build for other hardware, or the engine core does not come up.
         """
         arguments: dict[str, Any] = {
             "model": model,
@@ -126,13 +140,20 @@ class Engine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_model_len),
             }
+        if adapters is not None:
+            arguments |= vllm_arguments(adapters, model)
         environment = _child_environment(model, num_gpus=num_gpus, threads=threads, start_timeout_s=start_timeout_s)
         remove_leftovers()
         # vLLM itself gives up after start_timeout_s; a thread keeps the loop free until then.
         started = await asyncio.to_thread(_start_vllm, arguments, environment, num_gpus > 0)
         llm = started.pop()
-        engine = cls(llm, expected_weights(model, dtype), weights_version=weights_version)
+        held = EngineAdapters(adapters, model, llm=llm, new_folder=_adapter_folder) if adapters else None
+        expected = ExpectedWeights(held.shapes, frozenset(), torch.bfloat16) if held else expected_weights(model, dtype)
+        engine = cls(llm, expected, weights_version=weights_version, adapters=held)
         expires = time.monotonic() + start_timeout_s
+        if held is not None:
+            initial = await held.write(weights_version, expected.checked(held.initial_tensors()))
+            await engine._serve_adapter(held, initial, expires)
         rpc = llm.collective_rpc("headrace_set_initial_version", args=(weights_version,))
         await engine._answer(rpc, "set_initial_version", expires)
         label = llm.update_weight_version(str(weights_version))
@@ -176,20 +197,22 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # The salt keeps prefixes cached under older weights apart.
-        prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=f"v{self.version}")
-        running = asyncio.ensure_future(self._final_output(prompt, params, request_id))
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        try:
-            return _generation(await running)
-        except EngineDeadError as error:
-            self._break(f"its core died: {error}")
-            raise WeightsError(f"engine is broken: {self.broken}") from error
-        except asyncio.CancelledError:
-            if self.broken and running.cancelled():
-                raise WeightsError(f"engine is broken: {self.broken}") from None
-            raise
+        with self._adapters.newest() if self._adapters else nullcontext() as adapter:
+            version = adapter.version if adapter else self.version
+            # The salt keeps prefixes cached under older weights apart.
+            prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=f"v{version}")
+            running = asyncio.ensure_future(self._final_output(prompt, params, request_id, adapter))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+            try:
+                return _generation(await running, adapter)
+            except EngineDeadError as error:
+                self._break(f"its core died: {error}")
+                raise WeightsError(f"engine is broken: {self.broken}") from error
+            except asyncio.CancelledError:
+                if self.broken and running.cancelled():
+                    raise WeightsError(f"engine is broken: {self.broken}") from None
+                raise
 
     async def load_weights(
         self,
@@ -212,10 +235,31 @@ class Engine:
         serves the old weights, or is `broken` where they are lost; never a mixture.
         """
         self._raise_if_broken()
+        if self._adapters is not None:
+            raise ValueError(f"weights {version}: this engine was started for adapters and takes nothing else")
         weights = self._expected.checked(tensors)
         expires = time.monotonic() + deadline_s
         update = asyncio.ensure_future(self._update(version, weights, expires, clear_cache))
         return await asyncio.shield(update)
+
+    async def load_adapter(
+        self, version: int, tensors: "Mapping[str, torch.Tensor | np.ndarray]", *, deadline_s: float
+    ) -> float:
+        """Serve another adapter and return the wall seconds in which vLLM loaded it and stood still.
+
+        `tensors` is the whole adapter by PEFT's names in bf16 (also as NumPy uint16 views). Requests
+        that run go on with the adapter they began with, and all their tokens keep its version.
+
+        Waits `deadline_s` in all and is not cut short by cancellation. Raises ValueError where names,
+        shapes or dtypes do not fit, or the engine was started without adapters, and WeightsError on
+        any later failure; the engine serves the old version then.
+        """
+        self._raise_if_broken()
+        if self._adapters is None:
+            raise ValueError(f"adapter {version}: this engine was started without adapters")
+        adapter = self._expected.checked(tensors)
+        expires = time.monotonic() + deadline_s
+        return await asyncio.shield(self._update_adapter(self._adapters, version, adapter, expires))
 
     def num_running(self) -> int:
         """Requests not finished yet, waiting ones included."""
@@ -240,14 +284,18 @@ class Engine:
         if self.broken != SHUT_DOWN:
             self._break(SHUT_DOWN)
             self._llm.shutdown(timeout=5)
+            if self._adapters is not None:
+                self._adapters.remove_folders()
+                self._adapters = None  # it holds the engine too
             # Its finalizer shuts down again, and prints an error if left to interpreter exit.
             del self._llm
             gc.collect()
 
     async def _final_output(
-        self, prompt: "TokensPrompt", params: "SamplingParams", request_id: str
+        self, prompt: "TokensPrompt", params: "SamplingParams", request_id: str, adapter: Adapter | None
     ) -> "CompletionOutput":
-        async for output in self._llm.generate(prompt, params, request_id):
+        lora_request = adapter.request if adapter else None
+        async for output in self._llm.generate(prompt, params, request_id, lora_request=lora_request):
             if output.finished:
                 return output.outputs[0]
         raise RuntimeError(f"request {request_id} ended without an output")
@@ -264,6 +312,35 @@ class Engine:
             finally:
                 self._accepting.set()
                 path.unlink(missing_ok=True)
+
+    async def _update_adapter(
+        self, held: EngineAdapters, version: int, tensors: dict[str, torch.Tensor], expires: float
+    ) -> float:
+        async with self._update_lock:
+            self._raise_if_broken()
+            try:
+                adapter = await held.write(version, tensors)
+                return await self._serve_adapter(held, adapter, expires)
+            # vLLM passes a worker's error on as a bare Exception.
+            except Exception as error:
+                if self._llm.errored:
+                    self._break(f"its core died: {error}")
+                outcome = self.broken or f"serving version {self.version}"
+                raise WeightsError(f"adapter {version} not loaded: {error} ({outcome})") from error
+
+    async def _serve_adapter(self, held: EngineAdapters, adapter: Adapter, expires: float) -> float:
+        async def answer(awaitable: Awaitable[T], call: str) -> T:
+            return await self._answer(awaitable, call, expires)
+
+        began = time.monotonic()
+        await held.load(adapter, answer)
+        held_s = time.monotonic() - began
+        # Only check_health reads this label: it is one for the whole engine, and requests differ.
+        await answer(self._llm.update_weight_version(str(adapter.version)), "update_weight_version")
+        held.serve(adapter)
+        self.version = adapter.version
+        await held.drop_unused(answer)
+        return held_s
 
     async def _exchange(self, version: int, path: Path, expires: float, clear_cache: bool) -> float:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -333,12 +410,12 @@ class Engine:
         )
 
 
-def _generation(output: "CompletionOutput") -> Generation:
+def _generation(output: "CompletionOutput", adapter: Adapter | None) -> Generation:
     tokens = list(output.token_ids)
     logprobs = [choices[token].logprob for token, choices in zip(tokens, output.logprobs or [], strict=True) if choices]
     versions: list[int] = []
     for span in output.weight_versions or []:
-        versions += [int(span.version)] * (span.end - span.start)
+        versions += [adapter.version if adapter else int(span.version)] * (span.end - span.start)
     # Short lists would shift log-probs or versions to other tokens.
     assert len(tokens) == len(logprobs) == len(versions), (tokens, logprobs, versions)
     return Generation(tokens, logprobs, versions, output.finish_reason or "abort")
@@ -407,12 +484,19 @@ def _weights_path(version: int) -> Path:
     return weights_folder() / name
 
 
+def _adapter_folder(version: int) -> Path:
+    return _weights_path(version).with_suffix("")
+
+
 def remove_leftovers() -> None:
-    """Delete the weights files of processes that were killed in the middle of an update."""
+    """Delete the weights files and folders of processes that were killed in the middle of an update."""
     for path in weights_folder().glob(f"{WEIGHTS_FILE_PREFIX}*"):
         pid = path.name.removeprefix(WEIGHTS_FILE_PREFIX).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _start_vllm(arguments: dict[str, Any], environment: dict[str, str], on_gpu: bool) -> "list[AsyncLLM]":

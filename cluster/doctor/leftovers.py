@@ -51,7 +51,7 @@ def check_segments(folders: tuple[Path, ...] | None = None) -> Finding:
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        return sum(part.stat().st_size for part in (file, *file.rglob("*")) if part.is_file())
     except FileNotFoundError:  # its owner has just removed it
         return 0
 

@@ -10,6 +10,8 @@ from contracts.config import Config, ConfigError
 
 # Bytes a parameter: fp32 master, two Adam moments and fp32 gradients; a bf16 copy; what a checkpoint holds.
 LEARNER_BYTES, BF16_BYTES, CHECKPOINT_BYTES = 16, 2, 14
+# With LoRA the model is loaded in fp32 and then kept in what it computes in; what belongs to adapters is small.
+LORA_LEARNER_BYTES, LORA_CHECKPOINT_BYTES = 4, 2
 # Python, torch and transformers or vLLM in one process, and for the learner some activations.
 LEARNER_PROCESS_GIB, ENGINE_PROCESS_GIB, REPLICA_PROCESS_GIB = 1.5, 1.5, 0.7
 
@@ -55,7 +57,7 @@ def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> floa
         engine += rollout.kv_cache_gib
     scorers = sum(weights(rewards.num_gpus, size, BF16_BYTES) + REPLICA_PROCESS_GIB for size in reward_models)
     return (
-        weights(config.learner.num_gpus, policy, LEARNER_BYTES)
+        weights(config.learner.num_gpus, policy, LORA_LEARNER_BYTES if config.training.lora else LEARNER_BYTES)
         + config.learner.num_ranks * LEARNER_PROCESS_GIB
         + rollout.num_workers * engine
         + rewards.num_replicas * scorers
@@ -66,7 +68,8 @@ def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> floa
 def check_disk(config: Config, *, policy: int | None, checkpoints: int) -> None:
     """Raises ConfigError if the checkpoints cannot fit. One more than is kept exists while a new one is written."""
     missing = max(1, config.checkpoint.keep + 1 - checkpoints)
-    need = missing * CHECKPOINT_BYTES * (policy or 0) / GIB
+    bytes_each = LORA_CHECKPOINT_BYTES if config.training.lora else CHECKPOINT_BYTES
+    need = missing * bytes_each * (policy or 0) / GIB
     free = free_disk_gib(config.output_dir)
     if need > free:
         raise ConfigError(

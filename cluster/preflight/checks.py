@@ -14,6 +14,7 @@ from pathlib import Path
 
 from actors.prompts import PromptRow, read_rows, split
 from cluster.preflight import capacity, model_files
+from cluster.preflight.adapters import check_adapters
 from cluster.preflight.run_folder import check_output_dir
 from contracts.config import Config, ConfigError
 
@@ -72,6 +73,8 @@ def check_models(config: Config) -> tuple[int | None, list[int | None]]:
     context = config.model.max_context_tokens
     folder = model_files.locate(config.model.path, "model.path")
     policy = model_files.check_folder(folder, "model.path", chat=True, max_context_tokens=context) if folder else None
+    if folder and config.training.lora is not None:
+        check_adapters(config.training.lora, str(folder), "model.path")
     trained = policy  # the model that preferences train: the policy's, unless it has a base of its own
     if config.preferences and config.preferences.reward_model.base:
         trained = _plain_model(config.preferences.reward_model.base, "preferences.reward_model.base")
