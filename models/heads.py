@@ -23,7 +23,7 @@ class ValueHead(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Values [B, T] in float32, whatever the type of `hidden_BTH` and under autocast too."""
         with torch.autocast(hidden_BTH.device.type, enabled=False):
-            values_BT: Tensor = self.linear(hidden_BTH.float()).squeeze(-1)
+            values_BT: Tensor = self.linear(hidden_BTH.float())[..., 0].clone()  # FSDP warns of views
         return values_BT
 
     @torch.no_grad()
