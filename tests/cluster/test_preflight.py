@@ -252,7 +252,8 @@ def test_only_what_does_not_alter_learning_may_change_on_resume(run, tmp_path):
     check(run(resume=True, steps=500, rollout={"num_workers": 2}, learner={"threads": 1}, checkpoint={"keep": 9}))
     write_model(tmp_path / "model2")
     refused = refusal(run(resume=True, model={"path": str(tmp_path / "model2")}, algorithm={"gamma": 0.5}, seed=1))
-    assert f"algorithm.gamma: 1.0 -> 0.5; model.path: {tmp_path / 'model'} -> {tmp_path / 'model2'}; seed: 0 -> 1" in refused
+    changed = f"model.path: {tmp_path / 'model'} -> {tmp_path / 'model2'}"
+    assert f"algorithm.gamma: 1.0 -> 0.5; {changed}; seed: 0 -> 1" in refused
     assert "set them back or choose another output_dir" in refused
     extra = [{"name": "length", "function": "json:dumps"}, {"name": "more", "function": "json:dumps"}]
     assert "rewards.1.name: None -> more" in refusal(run(resume=True, rewards=extra))

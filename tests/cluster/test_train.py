@@ -495,6 +495,8 @@ def project(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "rewards=[{name: x, model: preferences}]",
             "config.yaml: rewards: model is `preferences`, but there is no preferences",
         ),
+        ("training.lora={target_modules: [q_proj, query]}", "training.lora.target_modules: model.path "),
+        ("training.lora={rank: 513}", "config.yaml: training.lora.rank: input should be less than or equal to 512"),
         ("training.batch_size=33", "config.yaml: training: batch_size 33 is not divisible by samples_per_prompt 2"),
     ],
 )

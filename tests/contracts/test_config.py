@@ -40,7 +40,10 @@ def test_a_minimal_file_gets_every_default(tmp_path):
     [
         ({"stpes": 3}, ["stpes: unknown key", "did you mean steps?"]),
         ({"training": {"lerning_rate": 1}}, ["training.lerning_rate: unknown key", "did you mean learning_rate?"]),
-        ({"training": {"zzzz": 1}}, ["training.zzzz: unknown key", "known here: activation_checkpointing, batch_size, "]),
+        (
+            {"training": {"zzzz": 1}},
+            ["training.zzzz: unknown key", "known here: activation_checkpointing, "],
+        ),
         (
             {"rewards": [{"name": "a", "function": "a:b", "wieght": 2}]},
             ["rewards.0.wieght: unknown key", "did you mean weight?"],
@@ -113,7 +116,13 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 def test_overrides_reach_nested_keys_and_read_numbers(tmp_path):
-    overrides = ["training.learning_rate=1e-6", "algorithm.kl_target=6", "resume=true", "steps=1e2", "prompts.system='5'"]
+    overrides = [
+        "training.learning_rate=1e-6",
+        "algorithm.kl_target=6",
+        "resume=true",
+        "steps=1e2",
+        "prompts.system='5'",
+    ]
     config = load_with(tmp_path, {"training": {"learning_rate": 3e-5, "epochs": 7}}, overrides)
     assert (config.training.learning_rate, config.training.epochs, config.algorithm.kl_target) == (1e-6, 7, 6.0)
     assert config.resume is True
@@ -122,7 +131,8 @@ def test_overrides_reach_nested_keys_and_read_numbers(tmp_path):
 
 
 def test_overrides_make_sections_that_the_file_does_not_have(tmp_path):
-    config = load_with(tmp_path, {"training": None}, ["preferences.simulate.gold=a:b", "training.epochs=3", "ray.num_cpus=null"])
+    overrides = ["preferences.simulate.gold=a:b", "training.epochs=3", "ray.num_cpus=null"]
+    config = load_with(tmp_path, {"training": None}, overrides)
     assert config.preferences is not None
     assert config.preferences.simulate is not None
     assert config.preferences.simulate.gold == "a:b"

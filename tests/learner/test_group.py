@@ -83,7 +83,7 @@ async def group(
         LearnerConfig(num_ranks=ranks, num_cpus=0.1, threads=1),
         DeadlinesConfig(rank_s=rank_s),
         logged=batch,
-        note=[].append if notes is None else notes.append,
+        note=(notes if notes is not None else []).append,
         **options,  # type: ignore[arg-type]
     )
     await made.ready()

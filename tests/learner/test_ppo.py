@@ -1,10 +1,5 @@
-"""One PPO step against the papers' formulas, written out one unpadded sequence at a time, on a tiny model in fp32.
+"""A step of the learner against the papers' formulas, written out one unpadded sequence at a time, in fp32."""
 
-B responses, T response tokens, U = T + 1.
-"""
-
-import copy
-import io
 import json
 import math
 from dataclasses import replace
@@ -12,26 +7,56 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from contracts.config import PPOConfig
-from learner.experience import micro_batches, to_experience
-from learner.ppo import ActorCritic, PPOLearner
+from learner.actor_critic import ActorCritic
+from learner.experience import to_experience
+from learner.ppo import PPOLearner
+from tests.learner.by_hand import (
+    EOS,
+    NUM_TOKENS,
+    TOY,
+    alone,
+    assert_same_gradients,
+    gradients_of,
+    loss_by_hand,
+    new_learner,
+    plain_copy,
+    record_updates,
+    targets_by_hand,
+    tensors_of,
+    toy_batch,
+    whiten_by_hand,
+)
 from tests.rollouts import scored_rollout
 from tests.tiny import build_tiny_model
 
-TEMPERATURE = 0.7
-EOS = 2
-# Prompt, response, reward, finish reason. All lengths differ, so that sorting by length leaves no ties.
-TOY: list[tuple[list[int], list[int], float, str]] = [
-    ([30, 31, 32], [33, 34, EOS], 1.0, "stop"),
-    ([40], [41, EOS, 42, 43, EOS], -0.5, "stop"),
-    ([50, 51], [52], 2.0, "length"),
-    ([60, 61, 62, 63, 64], [65, 66, 67, 68, 69, 70], 0.25, "length"),
-]
+ALGORITHMS = ["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"]
 METRICS = {
     "kl_to_reference", "entropy", "policy_loss", "value_loss", "clip_fraction", "explained_variance",
     "response_tokens_mean", "truncated_fraction", "lag_steps_max",
 }  # fmt: skip
+# Each part of the objective at least once, for algorithms that have it.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "ppo": {"value_coef": 0.3, "kl_coef": 0.2, "gamma": 0.97},
+    "ppo separate critic": {"critic": "separate", "value_coef": 0.3, "kl_coef": 0.2},
+    "ppo bootstrap": {"truncation": "bootstrap", "value_coef": 0.3, "kl_coef": 0.2, "lam": 0.8},
+    "ppo normalised values": {"normalise_values": True, "value_coef": 0.3, "kl_coef": 0.2},
+    "ppo kl in loss": {"kl_in": "loss", "kl_coef": 0.2, "kl_estimator": "k2"},
+    "ppo entropy": {"entropy_coef": 0.1},
+    "ppo sequence": {"loss_aggregation": "sequence", "entropy_coef": 0.1, "kl_in": "loss"},
+    "grpo": {"name": "grpo", "kl_coef": 0.2},
+    "grpo entropy": {"name": "grpo", "kl_coef": 0.2, "entropy_coef": 0.1},
+    "grpo kl in reward": {"name": "grpo", "kl_in": "reward", "kl_coef": 0.2},
+    "grpo without kl": {"name": "grpo", "kl_coef": 0.0},
+    "dapo": {"name": "grpo", "loss_aggregation": "token", "clip_high": 0.28, "kl_coef": 0.0},
+    "dr_grpo": {"name": "dr_grpo", "kl_coef": 0.2, "kl_estimator": "k2"},
+    "dr_grpo entropy": {"name": "dr_grpo", "entropy_coef": 0.1},
+    "rloo": {"name": "rloo", "kl_coef": 0.2},
+    "rloo sequence weights": {"name": "rloo", "kl_coef": 0.2, "behavior_weight_level": "sequence"},
+    "reinforce++": {"name": "reinforce++", "kl_coef": 0.2},
+    "reinforce++ constant": {"name": "reinforce++", "loss_aggregation": "constant", "entropy_coef": 0.1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,98 +72,15 @@ def folder(tmp_path_factory):
     return build_tiny_model(tmp_path_factory.mktemp("tiny"), tied=True, hidden_size=64)
 
 
-def new_learner(folder, *, seed=0, value_head=True, **settings: Any) -> PPOLearner:
-    """fp32; the value head gets weights of its own, because it starts at zero."""
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "epochs": 1,
-        "minibatches": 1,
-        "batch_size": len(TOY),
-        "learning_rate": 1e-3,
-        "max_grad_norm": 1e9,
-    }
-    learner = PPOLearner(str(folder), PPOConfig(**defaults | settings), temperature=TEMPERATURE, seed=seed)
-    if value_head:
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            learner.policy.value_head.linear.weight.normal_(std=0.2, generator=generator)
-            learner.policy.value_head.linear.bias.fill_(0.3)
-    return learner
+@pytest.fixture(scope="module")
+def critic(folder):
+    """A plain copy of the weights that every PPO learner with a shared critic starts from here."""
+    return plain_copy(folder, new_learner(folder))
 
 
-def toy_batch(policy: ActorCritic, *, versions=0, seed=0):
-    """TOY with behavior and reference log-probabilities somewhat off those of the policy."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = []
-    for number, (prompt, response, reward, finish_reason) in enumerate(TOY):
-        with torch.no_grad():
-            logprobs, _, _ = alone(policy, prompt, response)
-        noise = 0.6 * torch.randn(2, len(response), generator=generator)
-        batch.append(
-            scored_rollout(
-                f"t{number}",
-                prompt=prompt,
-                response=response,
-                behavior=(logprobs + noise[0]).tolist(),
-                reference=(logprobs + noise[1]).tolist(),
-                versions=[versions] * len(response),
-                reward=reward,
-                finish_reason=finish_reason,
-            )
-        )
-    return batch
-
-
-def alone(policy: ActorCritic, prompt, response):
-    """Log-probs [T], values [U] and entropies [T] of one sequence by itself, from plain log_softmax."""
-    output = policy.model(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True)
-    logprobs_LV = torch.log_softmax(output.logits[0].float() / TEMPERATURE, dim=-1)
-    first = len(prompt) - 1
-    logprobs = torch.stack([logprobs_LV[first + t, token] for t, token in enumerate(response)])
-    head = policy.value_head.linear
-    values = output.hidden_states[-1][0, first:] @ head.weight[0] + head.bias[0]
-    entropies = -(logprobs_LV.exp() * logprobs_LV).sum(-1)[first:-1]
-    return logprobs, values, entropies
-
-
-def gae_by_hand(rewards, values, last_value, *, gamma, lam):
-    """Schulman et al. 2016, eq. 16, as the double sum."""
-    after = [*values[1:], last_value]
-    deltas = [
-        reward + gamma * next_value - value for reward, next_value, value in zip(rewards, after, values, strict=True)
-    ]
-    advantages = [
-        sum((gamma * lam) ** (later - t) * deltas[later] for later in range(t, len(deltas))) for t in range(len(deltas))
-    ]
-    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
-
-
-def targets_by_hand(policy: ActorCritic, batch, config: PPOConfig, *, kl_coef):
-    """Advantages before whitening and returns, a list of floats for each response."""
-    advantages, returns = [], []
-    for sample in batch:
-        rollout = sample.rollout
-        with torch.no_grad():
-            logprobs, values, _ = alone(policy, rollout.prompt_tokens, rollout.response_tokens)
-        pairs = zip(logprobs.tolist(), sample.reference_logprobs, strict=True)
-        rewards = [-kl_coef * (logprob - reference) for logprob, reference in pairs]
-        *values, last_value = values.tolist()
-        if config.truncation == "bootstrap" and rollout.finish_reason == "length":
-            pass  # the value of the last state instead of a score
-        else:
-            rewards[-1] += sample.reward
-            last_value = 0.0
-        row = gae_by_hand(rewards, values, last_value, gamma=config.gamma, lam=config.lam)
-        advantages.append(row[0])
-        returns.append(row[1])
-    return advantages, returns
-
-
-def whiten_by_hand(rows):
-    flat = [number for row in rows for number in row]
-    mean = sum(flat) / len(flat)
-    std = math.sqrt(sum((number - mean) ** 2 for number in flat) / len(flat))
-    return [[(number - mean) / std for number in row] for row in rows]
+def targets_of(learner: PPOLearner, batch):
+    experience = to_experience(batch, token_budget=4096)
+    return learner._targets(experience, learner._predict(experience, [list(range(len(batch)))]))
 
 
 def ragged(tensor_BT, batch):
@@ -150,200 +92,266 @@ def assert_rows_close(rows, expected, tolerance=2e-5):
         assert row == pytest.approx(hand, abs=tolerance, rel=tolerance)
 
 
-def tensors_of(learner):
-    return {name: tensor.clone() for name, tensor in learner.policy.state_dict().items()}
+def finite_floats(metrics):
+    assert {name: type(value) for name, value in metrics.items() if type(value) is not float} == {}
+    assert {name: value for name, value in metrics.items() if not math.isfinite(value)} == {}
+    return True
 
 
-def gradients_of(policy: ActorCritic):
-    gradients = {}
-    for name, parameter in policy.named_parameters():
-        assert parameter.grad is not None, name
-        gradients[name] = parameter.grad
-    return gradients
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_the_papers_objective(folder, objective):
+    learner = new_learner(folder, OBJECTIVES[objective])
+    plain = plain_copy(folder, learner)
+    batch = toy_batch(plain)
+    targets = targets_by_hand(plain, batch, learner.algorithm, kl_coef=learner.algorithm.kl_coef)
+    updates = record_updates(learner)
+    metrics = learner.step(batch, training_version=0)
+    [(before, found)] = updates  # with normalised values the head was rescaled before its update
+    loss, means = loss_by_hand(plain.take(before), batch, targets, learner.algorithm, kl_coef=learner.algorithm.kl_coef)
+    loss.backward()
+    expected = gradients_of(plain)
+    assert_same_gradients(found, expected)
+
+    assert means["weight_max"] == learner.algorithm.behavior_weight_cap > means["weight_min"]  # some are truncated
+    assert metrics["policy_loss"] == pytest.approx(means["policy_loss"], abs=2e-5)
+    assert metrics["value_loss"] == pytest.approx(means["value_loss"], rel=1e-4, abs=1e-6)
+    kl_loss = means["kl_loss"] if learner.algorithm.kl_in_loss and learner.algorithm.kl_coef else 0.0
+    assert metrics["kl_loss"] == pytest.approx(kl_loss, rel=1e-4, abs=1e-7)
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected.values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_a_padded_batch_gives_what_each_sequence_alone_gives(folder):
-    policy = new_learner(folder).policy
-    [micro] = micro_batches(to_experience(toy_batch(policy)), range(len(TOY)), token_budget=999, pad_token=EOS)
-    predicted = policy(micro.responses, temperature=TEMPERATURE, with_entropy=True)
-    for at, row in enumerate(micro.rows.tolist()):
-        prompt, response, _, _ = TOY[row]
-        logprobs, values, entropies = alone(policy, prompt, response)
-        torch.testing.assert_close(predicted.logprobs_BT[at, : len(response)], logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(predicted.values_BU[at, : len(response) + 1], values, atol=2e-5, rtol=0)
-        torch.testing.assert_close(predicted.entropy_BT[at, : len(response)], entropies, atol=2e-5, rtol=0)
-        torch.testing.assert_close(predicted.values_BU[at, -1], values[-1], atol=2e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("objective", "rate"),
+    [
+        ("ppo", 0.02),
+        ("ppo normalised values", 0.02),
+        ("grpo entropy", 0.02),
+        ("dr_grpo", 0.02),
+        ("rloo", 0.004),
+        ("reinforce++", 0.004),
+    ],
+)
+def test_a_later_update_keeps_the_targets_and_clips(folder, objective, rate):
+    """Four updates by SGD, two minibatches twice: each one's gradient, at the weights it started from."""
+    settings = OBJECTIVES[objective] | {"value_clip": 0.05}
+    learner = new_learner(folder, settings, epochs=2, minibatches=2)
+    plain = plain_copy(folder, learner)
+    batch = toy_batch(plain, noise=0.3)
+    kl_coef = learner.algorithm.kl_coef
+    targets = targets_by_hand(plain, batch, learner.algorithm, kl_coef=kl_coef)
+    minibatches = learner._minibatches(to_experience(batch, token_budget=4096), 0)
+    updates = record_updates(learner, sgd_rate=rate)
+    metrics = learner.step(batch, training_version=0)
+    clip_fractions = []
+    for rows, (before, found) in zip(minibatches, updates, strict=True):
+        plain.zero_grad()
+        loss, means = loss_by_hand(plain.take(before), batch, targets, learner.algorithm, kl_coef=kl_coef, rows=rows)
+        loss.backward()
+        assert_same_gradients(found, gradients_of(plain), tolerance=1e-4)
+        tokens = sum(len(batch[row].rollout.response_tokens) for row in rows)
+        clip_fractions.append(means["clip_fraction"] * tokens)
+    assert clip_fractions[0] == 0 < sum(clip_fractions)
+    assert metrics["clip_fraction"] == pytest.approx(sum(clip_fractions) / (2 * NUM_TOKENS))
 
 
-def test_the_first_ratio_is_one_although_the_model_has_dropout(folder, tmp_path):
-    with_dropout = build_tiny_model(tmp_path, tied=True, hidden_size=64)
-    config = json.loads((with_dropout / "config.json").read_text())
-    (with_dropout / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
-    learner = new_learner(with_dropout)
-    assert learner.policy.model.config.attention_dropout == 0.5
-    metrics = learner.step(toy_batch(learner.policy), training_version=0)
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
-    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-9)
-    assert metrics["clip_fraction"] == 0
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_minibatches_are_whole_groups_each_response_once_an_epoch(folder, name):
+    learner = new_learner(folder, {"name": name}, epochs=3, minibatches=2, value_head=False)
+    experience = to_experience(toy_batch(plain_copy(folder, learner)), token_budget=4096)
+    minibatches = learner._minibatches(experience, 5)
+    assert len(minibatches) == 6
+    for epoch in range(3):
+        pair = minibatches[2 * epoch : 2 * epoch + 2]
+        assert sorted(pair[0] + pair[1]) == list(range(len(TOY)))
+        assert {TOY[row].group for row in pair[0]}.isdisjoint({TOY[row].group for row in pair[1]})
+    assert len({tuple(rows) for rows in minibatches[::2]}) > 1  # another order each epoch
 
 
-def test_values_start_at_zero(folder):
-    learner = new_learner(folder, value_head=False)
-    targets, _ = learner._targets(to_experience(toy_batch(learner.policy)))
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_values_start_at_zero(folder, critic):
+    targets = targets_of(new_learner(folder, value_head=False), toy_batch(critic))
     assert targets.values_BT.abs().max() == 0
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 24, 4096])
-def test_the_gradient_is_that_of_the_papers_objective_whatever_the_micro_batches(folder, micro_batch_tokens):
-    learner = new_learner(folder, micro_batch_tokens=micro_batch_tokens, value_coef=0.3, kl_coef=0.2, gamma=0.97)
-    batch = toy_batch(learner.policy)
-    config = learner.config
-    by_hand = copy.deepcopy(learner.policy)
-    advantages, returns = targets_by_hand(by_hand, batch, config, kl_coef=0.2)
-    num_tokens = sum(len(response) for _, response, _, _ in TOY)
-    loss = torch.zeros(())
-    weights = []
-    for sample, row_advantages, row_returns in zip(batch, whiten_by_hand(advantages), returns, strict=True):
-        logprobs, values, _ = alone(by_hand, sample.rollout.prompt_tokens, sample.rollout.response_tokens)
-        for t, behavior in enumerate(sample.rollout.behavior_logprobs):
-            ratio = (logprobs[t] - logprobs[t].detach()).exp()  # 1: nothing is clipped yet
-            weight = min(math.exp(logprobs[t].item() - behavior), config.behavior_weight_cap)
-            weights.append(weight)
-            loss = loss - weight * ratio * row_advantages[t] / num_tokens
-            loss = loss + config.value_coef * 0.5 * (values[t] - row_returns[t]) ** 2 / num_tokens
-    assert max(weights) == config.behavior_weight_cap > min(weights)  # some are truncated, some are not
-    loss.backward()
-
-    learner.step(batch, training_version=0)
-    expected = gradients_of(by_hand)
-    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.1
-    for name, gradient in gradients_of(learner.policy).items():
-        atol = 2e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(gradient, expected[name], atol=atol, rtol=1e-4)
-
-
-def test_parameters_after_a_step_do_not_depend_on_the_micro_batches(folder):
-    after, gradients = [], {}
-    for micro_batch_tokens in (1, 24, 4096):
-        learner = new_learner(folder, micro_batch_tokens=micro_batch_tokens, minibatches=2)
-        learner.step(toy_batch(learner.policy), training_version=0)
-        after.append(dict(learner.policy.named_parameters()))
-        gradients = gradients_of(learner.policy)
-    # Adam turns the least gradient into a full step of either sign: compare where there is one to speak of.
-    compared = 0
-    for name, gradient in gradients.items():
-        clear = gradient.abs() > 1e-3 * gradient.abs().max()
-        compared += int(clear.sum())
-        for other in after[1:]:
-            torch.testing.assert_close(after[0][name][clear], other[name][clear], atol=2e-5, rtol=0)
-    assert compared > 10_000
-
-
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
-def test_targets_are_those_of_the_papers(folder, truncation):
-    learner = new_learner(folder, truncation=truncation, kl_coef=0.3, gamma=0.9, lam=0.8)
-    batch = toy_batch(learner.policy)
-    targets, _ = learner._targets(to_experience(batch))
-    advantages, returns = targets_by_hand(learner.policy, batch, learner.config, kl_coef=0.3)
-    assert_rows_close(ragged(targets.returns_BT, batch), returns)
-    assert_rows_close(ragged(targets.advantages_BT, batch), whiten_by_hand(advantages), tolerance=1e-4)
+def test_targets_are_those_of_the_papers(folder, critic, truncation):
+    learner = new_learner(folder, {"truncation": truncation, "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8})
+    batch = toy_batch(critic)
+    targets = targets_of(learner, batch)
+    hand = targets_by_hand(critic, batch, learner.algorithm, kl_coef=0.3)
+    assert_rows_close(ragged(targets.returns_BT, batch), hand.returns)
+    assert_rows_close(ragged(targets.values_BT, batch), hand.old_values)
+    assert_rows_close(ragged(targets.advantages_BT, batch), hand.advantages, tolerance=1e-4)
+    plain = [[r - v for r, v in zip(*rows, strict=True)] for rows in zip(hand.returns, hand.old_values, strict=True)]
+    assert_rows_close(hand.advantages, whiten_by_hand(plain), tolerance=1e-9)
 
 
 def returns_with(learner, batch, *, row, reward):
     changed = list(batch)
     changed[row] = replace(batch[row], reward=reward)
-    targets, _ = learner._targets(to_experience(changed))
-    return ragged(targets.returns_BT, batch)
+    return ragged(targets_of(learner, changed).returns_BT, batch)
 
 
-@pytest.mark.parametrize("row", [2, 3])  # the truncated ones
-def test_a_truncated_response_has_a_score_or_a_bootstrap_never_both(folder, row):
-    length = len(TOY[row][1])
-    terminal = new_learner(folder, truncation="terminal", gamma=1.0, lam=1.0, kl_coef=0.0)
-    batch = toy_batch(terminal.policy)
+@pytest.mark.parametrize("row", [row for row, toy in enumerate(TOY) if toy.finish_reason == "length"])
+def test_a_truncated_response_has_a_score_or_a_bootstrap_never_both(folder, critic, row):
+    length = len(TOY[row].response)
+    undiscounted = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0}
+    terminal = new_learner(folder, {"truncation": "terminal"} | undiscounted)
+    batch = toy_batch(critic)
     # Undiscounted returns are the sum of the rewards to come: the score, and no value.
     assert returns_with(terminal, batch, row=row, reward=5.0)[row] == pytest.approx([5.0] * length, abs=1e-5)
 
-    bootstrap = new_learner(folder, truncation="bootstrap", gamma=1.0, lam=1.0, kl_coef=0.0)
+    bootstrap = new_learner(folder, {"truncation": "bootstrap"} | undiscounted)
     with torch.no_grad():
-        last_value = alone(bootstrap.policy, *TOY[row][:2])[1][-1].item()
+        last_value = alone(critic, TOY[row].prompt, TOY[row].response).values_U[-1].item()
     assert abs(last_value) > 0.05
     assert returns_with(bootstrap, batch, row=row, reward=5.0)[row] == pytest.approx([last_value] * length, abs=1e-5)
     # A finished response is scored in either mode.
-    assert returns_with(bootstrap, batch, row=1, reward=5.0)[1] == pytest.approx([5.0] * 5, abs=1e-5)
+    assert returns_with(bootstrap, batch, row=3, reward=5.0)[3] == pytest.approx([5.0] * 5, abs=1e-5)
 
 
-def test_the_penalty_sits_at_each_token_and_the_score_at_the_last(folder):
-    learner = new_learner(folder, value_head=False, gamma=1.0, lam=1.0, kl_coef=0.5)
-    batch = toy_batch(learner.policy)
-    targets, _ = learner._targets(to_experience(batch))
+def test_the_penalty_sits_at_each_token_and_the_score_at_the_last(folder, critic):
+    learner = new_learner(folder, {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.5}, value_head=False)
+    batch = toy_batch(critic)
+    targets = targets_of(learner, batch)
     for row, returns in enumerate(ragged(targets.returns_BT, batch)):
-        prompt, response, reward, _ = TOY[row]
         with torch.no_grad():
-            logprobs = alone(learner.policy, prompt, response)[0].tolist()
+            logprobs = alone(critic, TOY[row].prompt, TOY[row].response).logprobs_T.tolist()
         # With gamma = lam = 1 and values of 0, the reward at t is what the return loses from t to t + 1.
         rewards = [now - after for now, after in zip(returns, [*returns[1:], 0.0], strict=True)]
         penalties = [-0.5 * (lp - ref) for lp, ref in zip(logprobs, batch[row].reference_logprobs, strict=True)]
-        assert rewards == pytest.approx([*penalties[:-1], penalties[-1] + reward], abs=2e-5)
+        assert rewards == pytest.approx([*penalties[:-1], penalties[-1] + TOY[row].reward], abs=2e-5)
 
 
-def test_metrics_are_finite_floats_and_what_their_names_say(folder):
-    learner = new_learner(folder, epochs=2, minibatches=2)
-    batch = toy_batch(learner.policy, versions=3)
+def test_scores_are_divided_by_their_running_deviation_over_steps(folder):
+    learner = new_learner(folder, {"name": "dr_grpo", "normalise_rewards": True, "kl_coef": 0.0})
+    batch = toy_batch(plain_copy(folder, learner))
+    louder = [replace(sample, reward=10 * sample.reward) for sample in batch]
+    seen: list[float] = []
+    for each in (batch, louder):
+        seen += [sample.reward for sample in each]
+        mean = sum(seen) / len(seen)
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in seen) / len(seen))
+        targets = learner._targets(to_experience(each, token_budget=4096), None)
+        rewards = [sample.reward / std for sample in each]
+        assert targets.advantages_BT[0, 0].item() == pytest.approx(rewards[0] - sum(rewards[:3]) / 3, rel=1e-5)
+
+
+# DAPO, eq. 13: limit 8, buffer 4: nothing up to 4 tokens, a quarter of the penalty for each one more.
+def test_long_responses_are_penalised_as_published(folder):
+    settings = {"name": "dr_grpo", "overlong_buffer_tokens": 4, "overlong_penalty": 2.0, "kl_coef": 0.0}
+    learner = new_learner(folder, settings)
+    batch = [
+        scored_rollout(f"t{n}", group_id="one", prompt=[5], response=[7] * length, reward=1.0)
+        for n, length in enumerate([3, 4, 5, 8])
+    ]
+    targets = learner._targets(to_experience(batch, token_budget=4096), None)
+    rewards = [1.0, 1.0, 0.5, -1.0]
+    mean = sum(rewards) / 4
+    assert targets.advantages_BT[:, 0].tolist() == pytest.approx([reward - mean for reward in rewards])
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_metrics_are_finite_floats_and_what_their_names_say(folder, name, epochs):
+    learner = new_learner(folder, {"name": name}, epochs=epochs, minibatches=epochs)
+    plain = plain_copy(folder, learner)
+    batch = toy_batch(plain, version=3)
     batch[0] = replace(batch[0], rollout=replace(batch[0].rollout, weights_versions=[4, 5, 5]))
     with torch.no_grad():
-        each = [alone(learner.policy, prompt, response) for prompt, response, _, _ in TOY]
+        each = [alone(plain, row.prompt, row.response) for row in TOY]
     metrics = learner.step(batch, training_version=5)
     assert metrics.keys() >= METRICS
-    assert {name: type(value) for name, value in metrics.items() if type(value) is not float} == {}
-    assert {name: value for name, value in metrics.items() if not math.isfinite(value)} == {}
+    assert finite_floats(metrics)
 
-    drift = sum(
-        logprob - reference
-        for (logprobs, _, _), sample in zip(each, batch, strict=True)
-        for logprob, reference in zip(logprobs.tolist(), sample.reference_logprobs, strict=True)
-    )
-    assert metrics["kl_to_reference"] == pytest.approx(drift / 4, abs=1e-4)
-    assert metrics["entropy"] == pytest.approx(float(torch.cat([one[2] for one in each]).mean()), abs=1e-5)
-    assert metrics["response_tokens_mean"] == 15 / 4
-    assert metrics["truncated_fraction"] == 0.5
+    flat = torch.cat([one.logprobs_T for one in each])
+    reference = torch.tensor([number for sample in batch for number in sample.reference_logprobs])
+    behavior = torch.tensor([number for sample in batch for number in sample.rollout.behavior_logprobs])
+    assert metrics["kl_to_reference"] == pytest.approx(float((flat - reference).sum()) / len(TOY), abs=1e-4)
+    assert metrics["entropy"] == pytest.approx(float(torch.cat([one.entropies_T for one in each]).mean()), abs=1e-5)
+    assert metrics["behavior_logprob_gap_mean"] == pytest.approx(float((flat - behavior).abs().mean()), abs=1e-5)
+    assert metrics["behavior_logprob_gap_max"] == pytest.approx(float((flat - behavior).abs().max()), abs=2e-5)
+    weights = (flat - behavior).exp()
+    truncated = float((weights > learner.algorithm.behavior_weight_cap).float().mean())
+    assert metrics["truncated_weight_fraction"] == pytest.approx(truncated) != 0
+    assert metrics["response_tokens_mean"] == NUM_TOKENS / len(TOY)
+    assert metrics["truncated_fraction"] == 3 / 8
     assert metrics["lag_steps_max"] == 2  # trained at version 5, the oldest token is of version 3
-    assert metrics["lag_steps_mean"] == (1 + 2 + 2 + 2) / 4
+    assert metrics["lag_steps_mean"] == (1 + 7 * 2) / 8
 
 
-def test_an_absurd_score_leaves_metrics_and_parameters_finite(folder):
-    # 1e30 is finite in float32, its square is not: that minibatch is left out, the other one trains.
-    learner = new_learner(folder, minibatches=2)
-    batch = toy_batch(learner.policy)
-    before = tensors_of(learner)
-    metrics = learner.step([replace(batch[0], reward=1e30), *batch[1:]], training_version=0)
-    assert {name: value for name, value in metrics.items() if not math.isfinite(value)} == {}
-    assert metrics["skipped_minibatches"] == 1
-    after = tensors_of(learner)
-    assert all(tensor.isfinite().all() for tensor in after.values())
-    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+def test_explained_variance_is_one_minus_that_of_the_errors(folder, critic):
+    learner = new_learner(folder)
+    batch = toy_batch(critic)
+    hand = targets_by_hand(critic, batch, learner.algorithm, kl_coef=learner.kl_coef)
+    returns, values = (torch.tensor([x for row in rows for x in row]) for rows in (hand.returns, hand.old_values))
+    expected = 1 - float((returns - values).var(correction=0) / returns.var(correction=0))
+    assert learner.step(batch, training_version=0)["explained_variance"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_metrics_of_all_algorithms_have_the_same_names(folder, name):
+    # One response, of one token, one group: no variance of anything.
+    learner = new_learner(folder, {"name": name}, minibatches=2)
+    metrics = learner.step([scored_rollout(response=[7])], training_version=0)
+    assert finite_floats(metrics)
+    expected = new_learner(folder).step([scored_rollout(response=[7])], training_version=0)
+    assert metrics.keys() == expected.keys()
+
+
+# --- what a step does ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["shared_prompts", "padded"])
+def test_the_first_ratio_is_one_although_the_model_has_dropout(tmp_path, packing):
+    with_dropout = build_tiny_model(tmp_path, tied=True, hidden_size=64)
+    config = json.loads((with_dropout / "config.json").read_text())
+    (with_dropout / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    learner = new_learner(with_dropout, packing=packing)
+    assert learner.policy.policy.config.attention_dropout == 0.5
+    plain = plain_copy(with_dropout, learner)
+    batch = toy_batch(plain)
+    assert_rows_close(
+        ragged(targets_of(learner, batch).proximal_logprobs_BT, batch),
+        [alone(plain, row.prompt, row.response).logprobs_T.tolist() for row in TOY],
+    )
+    metrics = learner.step(batch, training_version=0)
+    assert metrics["ratio_max"] == 1
+    assert metrics["approx_kl"] == 0
+    assert metrics["clip_fraction"] == 0
 
 
 GOOD, BAD = 100, 200
 
 
 @pytest.mark.parametrize(("up", "down"), [(GOOD, BAD), (BAD, GOOD)])
-def test_the_policy_learns_what_is_rewarded(folder, up, down):
-    learner = new_learner(folder, value_head=False, kl_coef=0.0, epochs=2)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_policy_learns_what_is_rewarded(folder, name, up, down):
+    learner = new_learner(folder, {"name": name, "kl_coef": 0.0}, value_head=False, epochs=2)
     prompt = [5, 6]
 
-    def logprob(token):
-        with torch.no_grad():
-            return alone(learner.policy, prompt, [token])[0].item()
+    plain = plain_copy(folder, learner)
 
-    history = [(logprob(up), logprob(down))]
+    @torch.no_grad()
+    def logprobs():
+        plain.take(tensors_of(learner))
+        return [alone(plain, prompt, [token]).logprobs_T[0].item() for token in (up, down)]
+
+    history = [logprobs()]
     for step in range(4):
+        tokens = zip((up, down), history[-1], (1.0, -1.0), strict=True)
         batch = [
-            scored_rollout(f"{step}-{n}", prompt=prompt, response=[token], behavior=[logprob(token)], reward=reward)
-            for n, (token, reward) in enumerate([(up, 1.0), (down, -1.0)] * 2)
+            scored_rollout(f"{step}-{n}", prompt=prompt, response=[token], behavior=[behavior], reward=reward)
+            for n, (token, behavior, reward) in enumerate([*tokens] * 2)
         ]
         learner.step(batch, training_version=step)
-        history.append((logprob(up), logprob(down)))
+        history.append(logprobs())
     ups, downs = zip(*history, strict=True)
     assert sorted(ups) == list(ups)
     assert sorted(downs, reverse=True) == list(downs)
@@ -351,50 +359,17 @@ def test_the_policy_learns_what_is_rewarded(folder, up, down):
     assert downs[-1] - downs[0] < -0.5
 
 
-def poison(learner, number, *, only_first=False):
-    """Every gradient of one parameter becomes `number`; with `only_first`, in the first backward pass alone."""
-    calls = []
-
-    def hook(gradient):
-        calls.append(1)
-        return gradient if only_first and len(calls) > 1 else torch.full_like(gradient, number)
-
-    return learner.policy.value_head.linear.weight.register_hook(hook)
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_a_step_without_any_finite_gradient_changes_nothing_and_says_so(folder, number):
-    learner = new_learner(folder, epochs=2, minibatches=2)
-    batch = toy_batch(learner.policy)
-    poison(learner, number)
-    before = tensors_of(learner)
-    with pytest.raises(ArithmeticError, match="step 4: no minibatch had a finite"):
-        learner.step(batch, training_version=3)
-    for name, tensor in learner.policy.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert learner.optimizer.state_dict()["state"] == {}
-
-
-def test_fewer_responses_than_minibatches_without_a_finite_gradient_say_so_too(folder):
-    learner = new_learner(folder, batch_size=2, minibatches=2)  # the other response was quarantined
-    poison(learner, math.nan)
-    with pytest.raises(ArithmeticError):
-        learner.step(toy_batch(learner.policy)[:1], training_version=0)
-
-
-def test_a_minibatch_without_a_finite_gradient_is_left_out_and_counted(folder):
-    # The only difference between the two learners is a first minibatch that must leave no trace.
-    skips, reference = (new_learner(folder, epochs=epochs, micro_batch_tokens=4096) for epochs in (2, 1))
-    batch = toy_batch(skips.policy)
-    hook = poison(skips, math.nan, only_first=True)
-    metrics = skips.step(batch, training_version=0)
-    hook.remove()
-    assert metrics["skipped_minibatches"] == 1
-    assert {name: value for name, value in metrics.items() if not math.isfinite(value)} == {}
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)  # the second epoch is the first to train
-    reference.step(batch, training_version=0)
-    for name, tensor in skips.policy.state_dict().items():
-        assert torch.equal(tensor, reference.policy.state_dict()[name]), name
+@pytest.mark.parametrize("max_grad_norm", [0.1, 1e9])
+def test_the_gradient_is_clipped_by_its_global_norm(folder, critic, max_grad_norm):
+    learner = new_learner(folder, max_grad_norm=max_grad_norm)
+    [before, after] = [new_learner(folder), learner]
+    updates = [record_updates(each) for each in (before, after)]
+    metrics = [each.step(toy_batch(critic), training_version=0) for each in (before, after)]
+    assert metrics[0]["grad_norm"] == metrics[1]["grad_norm"] > 1  # reported as it was
+    share = min(1.0, max_grad_norm / metrics[0]["grad_norm"])
+    expected = {name: gradient * share for name, gradient in updates[0][0][1].items()}
+    for name, gradient in updates[1][0][1].items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-9)
 
 
 # Ziegler et al. 2019, section 2.2: e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + e n / horizon).
@@ -404,115 +379,87 @@ def test_a_minibatch_without_a_finite_gradient_is_left_out_and_counted(folder):
     [(12.0, 0.101024), (6.6, 0.100512), (6.0, 0.1), (5.4, 0.099488), (0.0, 0.098976), (-50.0, 0.098976)],
 )
 def test_the_kl_coefficient_adapts_as_published(folder, kl, expected):
-    learner = new_learner(folder, kl_coef=0.1, kl_target=6.0, kl_horizon=10_000)
+    learner = new_learner(folder, {"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 10_000})
     learner._adapt_kl(kl, 512)
     assert learner.kl_coef == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_kl_coefficient_stays_without_a_target(folder):
-    learner = new_learner(folder, kl_coef=0.1)
-    assert learner.step(toy_batch(learner.policy), training_version=0)["kl_coef"] == 0.1
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_kl_coefficient_stays_without_a_target(folder, critic, name):
+    learner = new_learner(folder, {"name": name, "kl_coef": 0.1})
+    assert learner.step(toy_batch(critic), training_version=0)["kl_coef"] == 0.1
 
 
-def test_a_step_adapts_the_kl_coefficient_to_the_kl_of_a_response(folder):
-    learner = new_learner(folder, kl_coef=0.1, kl_target=10.0, kl_horizon=40)
-    batch = toy_batch(learner.policy)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_step_adapts_the_kl_coefficient_to_the_kl_of_a_response(folder, critic, name):
+    learner = new_learner(folder, {"name": name, "kl_coef": 0.1, "kl_target": 10.0, "kl_horizon": 80})
     with torch.no_grad():
-        references = [alone(learner.policy, prompt, response)[0] - 2.0 for prompt, response, _, _ in TOY]
-    batch = [replace(s, reference_logprobs=ref.tolist()) for s, ref in zip(batch, references, strict=True)]
+        references = [alone(critic, row.prompt, row.response).logprobs_T - 2.0 for row in TOY]
+    batch = [replace(s, reference_logprobs=ref.tolist()) for s, ref in zip(toy_batch(critic), references, strict=True)]
     metrics = learner.step(batch, training_version=0)
-    # 2 nats a token, 15 tokens, 4 responses: 7.5 a response, error clipped at -0.2, 4 of 40 responses.
-    assert metrics["kl_to_reference"] == pytest.approx(7.5, abs=1e-4)
-    assert metrics["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 4 / 40))
+    # 2 nats a token, 24 tokens, 8 responses: 6 a response, error clipped at -0.2, 8 of 80 responses.
+    assert metrics["kl_to_reference"] == pytest.approx(6.0, abs=1e-4)
+    assert metrics["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 80))
     assert learner.kl_coef == metrics["kl_coef"]
 
 
-def test_learning_rates_warm_up(folder):
-    learner = new_learner(folder, learning_rate=1e-3, value_learning_rate=1e-2, warmup_steps=3)
-    rates = []
-    for version in range(5):
-        learner.step(toy_batch(learner.policy), training_version=version)
-        rates.append([group["lr"] for group in learner.optimizer.param_groups])
-    assert rates == [pytest.approx([1e-3 * share, 1e-2 * share]) for share in (0.25, 0.5, 0.75, 1.0, 1.0)]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_restored_learner_takes_the_same_next_step_to_the_last_bit(tmp_path, tied):
-    settings = {"epochs": 2, "minibatches": 2, "warmup_steps": 5, "kl_target": 0.5, "kl_horizon": 10}
-    folder = build_tiny_model(tmp_path / "one", tied=tied, hidden_size=64)
-    other = build_tiny_model(tmp_path / "other", tied=tied, hidden_size=64, seed=9)
-    learner = new_learner(folder, **settings)
-    for version in range(2):
-        learner.step(toy_batch(learner.policy, seed=version), training_version=version)
-    file = io.BytesIO()
-    torch.save(learner.state(), file)
-    file.seek(0)
-    restored = new_learner(other, value_head=False, **settings)
-    restored.restore(torch.load(file, weights_only=True))
-
-    batch = toy_batch(learner.policy, seed=2)
-    assert restored.step(batch, training_version=2) == learner.step(batch, training_version=2)
-    for name, tensor in learner.policy.state_dict().items():
-        assert torch.equal(restored.policy.state_dict()[name], tensor), name
-    states = [each.optimizer.state_dict()["state"] for each in (learner, restored)]
-    assert states[0].keys() == states[1].keys()
-    for index, state in states[0].items():
-        assert all(torch.equal(value, states[1][index][name]) for name, value in state.items()), index
-    assert restored.kl_coef == learner.kl_coef != learner.config.kl_coef
-
-
-def test_the_order_of_minibatches_follows_from_seed_and_version(folder):
-    first, same, other_seed = (new_learner(folder, minibatches=4, seed=seed) for seed in (0, 0, 1))
-    batch = toy_batch(first.policy)
-    for learner in (first, same, other_seed):
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
+def test_the_coefficient_of_now_weighs_the_penalty(folder, name):
+    """Not the one of the configuration, which is only where it starts."""
+    adapted = new_learner(folder, {"name": name, "kl_coef": 0.1, "kl_target": 1.0}, value_head=False)
+    adapted.kl_coef = 0.4
+    fixed = new_learner(folder, {"name": name, "kl_coef": 0.4}, value_head=False)
+    batch = toy_batch(plain_copy(folder, fixed))
+    found, expected = (record_updates(learner) for learner in (adapted, fixed))
+    for learner in (adapted, fixed):
         learner.step(batch, training_version=0)
-    weights = [learner.policy.model.get_input_embeddings().weight for learner in (first, same, other_seed)]
+    assert all(torch.equal(gradient, expected[0][1][key]) for key, gradient in found[0][1].items())
+
+
+def test_the_order_of_minibatches_follows_from_seed_and_version(folder, critic):
+    first, same, other_seed = (new_learner(folder, minibatches=4, seed=seed) for seed in (0, 0, 1))
+    for learner in (first, same, other_seed):
+        learner.step(toy_batch(critic), training_version=0)
+    weights = [learner.weights()["model.embed_tokens.weight"] for learner in (first, same, other_seed)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+    experience = to_experience(toy_batch(critic), token_budget=4096)
+    assert first._minibatches(experience, 0) != first._minibatches(experience, 1)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_hold_each_tensor_once_under_its_checkpoint_name(tmp_path, tied):
-    learner = new_learner(build_tiny_model(tmp_path, tied=tied, hidden_size=64))
-    weights = learner.weights()
-    assert "model.embed_tokens.weight" in weights
-    assert ("lm_head.weight" in weights) is not tied
-    assert not any("value_head" in name for name in weights)
-    memory = [tensor.data_ptr() for tensor in weights.values()]
-    assert len(set(memory)) == len(memory)
-    assert len(weights) == len({id(parameter) for parameter in learner.policy.model.parameters()})
+def test_activation_checkpointing_changes_nothing_but_memory(folder, critic):
+    plain, recomputing = new_learner(folder), new_learner(folder, activation_checkpointing=True)
+    updates = [record_updates(learner) for learner in (plain, recomputing)]
+    assert plain.step(toy_batch(critic), training_version=0) == recomputing.step(toy_batch(critic), training_version=0)
+    for name, gradient in updates[0][0][1].items():
+        assert torch.equal(gradient, updates[1][0][1][name]), name
+    assert plain.weights().keys() == recomputing.weights().keys()
 
 
-def test_tied_embeddings_are_still_tied_after_restoring(folder):
+def test_a_bad_record_is_refused_by_trajectory_and_nothing_is_trained(folder, critic):
     learner = new_learner(folder)
-    learner.restore(learner.state())
-    model = learner.policy.model
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-@pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_the_state_of_another_model_is_refused(folder, change):
-    learner = new_learner(folder)
-    state = learner.state()
-    if change == "missing":
-        del state["policy"]["model.norm.weight"]
-    else:
-        state["policy"]["model.extra.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"another model.*model\.(norm|extra)\.weight"):
-        learner.restore(state)
-
-
-def test_a_bad_record_is_refused_by_trajectory_and_nothing_is_trained(folder):
-    learner = new_learner(folder)
-    batch = toy_batch(learner.policy)
+    batch = toy_batch(critic)
     before = tensors_of(learner)
     with pytest.raises(ValueError, match="trajectory t2: reward is not finite"):
-        learner.step([*batch[:2], replace(batch[2], reward=math.nan), batch[3]], training_version=0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.policy.state_dict().items())
+        learner.step([*batch[:2], replace(batch[2], reward=math.nan), *batch[3:]], training_version=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(learner).items())
 
 
 def test_a_model_that_changes_its_logits_afterwards_is_refused(folder):
-    model = copy.deepcopy(new_learner(folder).policy.model)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         ActorCritic(model)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_fewer_groups_than_minibatches_are_scored_once(folder, critic, epochs):
+    learner = new_learner(folder, minibatches=4, epochs=epochs)
+    batch = [sample for sample in toy_batch(critic) if sample.rollout.group_id in ("a", "b")]
+    learner.step(batch, training_version=0)
+    assert learner.passes == 2 + 2 * epochs  # two groups, one micro-batch each: the proximal pass and the updates
+
+
+def test_the_toy_has_what_the_tests_need():
+    assert sum(len(row.response) for row in TOY) == NUM_TOKENS
+    assert any(EOS in row.response[:-1] for row in TOY)
