@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from contracts.records import ScoredRollout
+from learner.advantage import equal_groups
 from models.packing import Layout, pack, pad
 
 
@@ -75,7 +76,9 @@ def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Exper
     reference_BT = torch.zeros(len(batch), width)
     groups: dict[str, int] = {}
     for row, sample in enumerate(batch):
-        _refuse_bad(sample, token_budget)
+        problem = problem_of(sample, token_budget=token_budget)
+        if problem is not None:
+            raise ValueError(f"trajectory {sample.rollout.trajectory_id}: {problem}")
         length = len(sample.rollout.response_tokens)
         mask_BT[row, :length] = True
         behavior_BT[row, :length] = torch.tensor(sample.rollout.behavior_logprobs)
@@ -93,9 +96,9 @@ def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Exper
     )
 
 
-def _refuse_bad(sample: ScoredRollout, token_budget: int) -> None:
+def problem_of(sample: ScoredRollout, *, token_budget: int) -> str | None:
+    """Why a trajectory cannot be trained on, None if it can."""
     rollout = sample.rollout
-    who = f"trajectory {rollout.trajectory_id}"
     numbers = {
         "reward": [sample.reward],
         "behavior_logprobs": rollout.behavior_logprobs,
@@ -103,13 +106,20 @@ def _refuse_bad(sample: ScoredRollout, token_budget: int) -> None:
     }
     for name in ("prompt", "response"):
         if not getattr(rollout, f"{name}_tokens"):
-            raise ValueError(f"{who}: the {name} is empty")
+            return f"the {name} is empty"
     length = len(rollout.prompt_tokens) + len(rollout.response_tokens)
     if length > token_budget:
-        raise ValueError(f"{who}: {length} tokens are more than training.micro_batch_tokens {token_budget}")
+        return f"{length} tokens are more than training.micro_batch_tokens {token_budget}"
     for name, values in numbers.items():
         if not torch.tensor(values, dtype=torch.float32).isfinite().all():  # 1e39 is infinite there
-            raise ValueError(f"{who}: {name} is not finite")
+            return f"{name} is not finite"
+    return None
+
+
+def rewards_equal(group: Sequence[ScoredRollout]) -> bool:
+    """Whether a group's rewards tell its responses apart not at all (DAPO's dynamic sampling)."""
+    rewards_R = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
+    return bool(equal_groups(rewards_R, torch.zeros(len(group), dtype=torch.long)).all())
 
 
 def plan_micro_batches(
