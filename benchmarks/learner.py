@@ -2,12 +2,14 @@
 
     python -m benchmarks.learner utilization [--model ...] [--threads 2]
     python -m benchmarks.learner memory
+    python -m benchmarks.learner layouts
 
 Random tokens of the stated lengths through the real learner (one rank, bf16): a step is a scoring pass and two epochs
 of PPO with a value head. Model FLOPs are 2 N a scored token and 6 N a trained one, N parameters with the embedding; a
 shared prompt counts once, because it is computed once. The peak is the best of several bf16 products of 2048 x 2048
 matrices, taken before and after each measurement in the same process. Run it with the allocator settings that a run
-gives its learner: they are applied by starting this program again.
+gives its learner: they are applied by starting this program again. `layouts` compares log-probabilities of the same
+tokens packed in other ways.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 ALLOCATOR_SET = "HEADRACE_BENCHMARK_ALLOCATOR"
 
@@ -35,7 +37,7 @@ class Shape:
     prompt_tokens: int
     response_tokens: int
     budget: int
-    packing: Literal["shared_prompts", "sequences", "padded"] = "shared_prompts"
+    packing: str = "shared_prompts"
 
     @property
     def computed_tokens(self) -> int:
@@ -70,7 +72,7 @@ def main() -> None:
         environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, ALLOCATOR_SET: "1", "OMP_WAIT_POLICY": "PASSIVE"}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.learner", *sys.argv[1:]], environment)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["utilization", "memory"])
+    parser.add_argument("what", choices=["utilization", "memory", "layouts"])
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=4, help="measured steps after one for warming up")
@@ -81,6 +83,9 @@ def main() -> None:
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
         for shape in UTILIZATION:
             print(_in_process(_utilization, shape, arguments), flush=True)
+    elif arguments.what == "layouts":
+        print("| against sequences end to end | type | mean difference | largest |\n| --- | --- | ---: | ---: |")
+        print(_in_process(_layouts, Shape(8, 4, 29, 35, 4096), arguments), flush=True)
     else:
         print("| batch | peak memory, GiB | above the loaded learner |\n| --- | ---: | ---: |")
         for shape in MEMORY:
@@ -123,7 +128,30 @@ def _memory(shape: Shape, arguments: argparse.Namespace) -> str:
     return f"| {shape} | {highest:.2f} | {highest - loaded:.2f} |"
 
 
-def _learner(shape: Shape, arguments: argparse.Namespace):
+def _layouts(shape: Shape, arguments: argparse.Namespace) -> str:
+    """Log-probabilities of the same tokens through other layouts and other cuts, in nats."""
+    from learner.experience import to_experience
+
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        found = {}
+        for name, packing, budget in (
+            ("sequences", "sequences", 4096),
+            ("shared prompts", "shared_prompts", 4096),
+            ("padded", "padded", 4096),
+            ("micro-batches of 256 tokens", "sequences", 256),
+        ):
+            learner = _learner(replace(shape, packing=packing, budget=budget), arguments, dtype=dtype)
+            experience = to_experience(_batch(shape), token_budget=budget)
+            predicted = learner._predict(experience, [list(range(len(experience)))])
+            found[name] = predicted.logprobs_BT[experience.mask_BT]
+        for name, logprobs in list(found.items())[1:]:
+            gap = (logprobs - found["sequences"]).abs()
+            lines.append(f"| {name} | {dtype} | {gap.mean():.1e} | {gap.max():.1e} |")
+    return "\n".join(lines)
+
+
+def _learner(shape: Shape, arguments: argparse.Namespace, *, dtype: str = "bfloat16"):
     import torch
 
     from contracts.algorithm import AlgorithmConfig, TrainingConfig
@@ -131,17 +159,19 @@ def _learner(shape: Shape, arguments: argparse.Namespace):
     from models.bundled import resolve
 
     torch.set_num_threads(arguments.threads)
+    settings: dict[str, Any] = {
+        "batch_size": shape.groups * shape.samples_per_prompt,
+        "samples_per_prompt": shape.samples_per_prompt,
+        "epochs": 2,
+        "minibatches": 1,
+        "micro_batch_tokens": shape.budget,
+        "packing": shape.packing,
+        "dtype": dtype,
+    }
     return PPOLearner(
         resolve(arguments.model),
         AlgorithmConfig(),
-        TrainingConfig(
-            batch_size=shape.groups * shape.samples_per_prompt,
-            samples_per_prompt=shape.samples_per_prompt,
-            epochs=2,
-            minibatches=1,
-            micro_batch_tokens=shape.budget,
-            packing=shape.packing,
-        ),
+        TrainingConfig.model_validate(settings),
         temperature=1.0,
         max_response_tokens=shape.response_tokens,
         total_steps=100,

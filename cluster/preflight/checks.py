@@ -75,6 +75,14 @@ def check_models(config: Config) -> tuple[int | None, list[int | None]]:
     policy = model_files.check_folder(folder, "model.path", chat=True, max_context_tokens=context) if folder else None
     if folder and config.training.lora is not None:
         check_adapters(config.training.lora, str(folder), "model.path")
+    if config.model.critic_path is not None:
+        critic = model_files.locate(config.model.critic_path, "model.critic_path")
+        if critic:
+            model_files.check_folder(critic, "model.critic_path", chat=False)
+            if config.training.lora is not None:
+                check_adapters(config.training.lora, str(critic), "model.critic_path")
+        if folder and critic:
+            model_files.check_same_tokens(folder, critic, "model.critic_path")
     trained = policy  # the model that preferences train: the policy's, unless it has a base of its own
     if config.preferences and config.preferences.reward_model.base:
         trained = _plain_model(config.preferences.reward_model.base, "preferences.reward_model.base")

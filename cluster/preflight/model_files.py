@@ -87,6 +87,22 @@ def check_folder(folder: Path, field: str, *, chat: bool, max_context_tokens: in
     return _parameters(folder, field)
 
 
+def check_same_tokens(policy: Path, other: Path, field: str) -> None:
+    """Raises ConfigError unless both models read the same token ids: the learner never tokenises again."""
+    tokens = [_tokens(folder, field) for folder in (policy, other)]
+    if None not in tokens and tokens[0] != tokens[1]:
+        raise ConfigError(
+            f"{field} {other}: its tokenizer differs from that of model.path {policy}, so it would read other text; "
+            "take a critic of the same family"
+        )
+
+
+def _tokens(folder: Path, field: str) -> object:
+    """Vocabulary and merges, None where the tokenizer is in a format of its own."""
+    file = folder / "tokenizer.json"
+    return _json_object(file, field).get("model") if file.is_file() else None
+
+
 def _has_chat_template(folder: Path, field: str) -> bool:
     if any((folder / name).is_file() for name in _CHAT_TEMPLATE_FILES):
         return True

@@ -74,6 +74,15 @@ def test_a_sound_run_passes_and_writes_nothing(run, tmp_path):
 # Models
 
 
+def test_a_critic_must_read_the_same_tokens(run, tmp_path):
+    critic = write_model(tmp_path / "critic")
+    config = run(model={"path": str(tmp_path / "model"), "critic_path": str(critic)}, algorithm={"critic": "separate"})
+    check(config)
+    (tmp_path / "model" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (critic / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1}}}')
+    assert f"model.critic_path {critic}: its tokenizer differs from that of model.path" in refusal(config)
+
+
 def test_a_model_folder_that_is_not_there_or_not_a_model_is_named(run, tmp_path):
     assert "no such folder, and not a Hugging Face id" in refusal(run(model={"path": str(tmp_path / "none")}))
     assert "is a file; name the model's folder" in refusal(run(model={"path": str(tmp_path / "prompts.jsonl")}))
