@@ -129,6 +129,9 @@ def plan_micro_batches(
 
     As few as possible and of like size (longest processing time first), so that ranks finish together. With shared
     prompts a group stays together where the budget allows it.
+
+    Raises:
+        ValueError: a sequence is longer than the budget.
     """
     units = _padded_units(experience, rows, token_budget) if packing == "padded" else [[row] for row in rows]
     if packing == "shared_prompts":
@@ -136,6 +139,8 @@ def plan_micro_batches(
         if len(units) < num_ranks:
             units = [[row] for row in rows]
     sizes = [_num_tokens(experience, unit, packing) for unit in units]
+    if max(sizes) > token_budget:
+        raise ValueError(f"a sequence of {max(sizes)} tokens is longer than the budget of {token_budget}")
     if packing == "padded":  # a unit is a micro-batch: joined, they would be padded to the longest
         num_bins = _rounded_up(len(units), num_ranks)
         bins = _longest_first(sizes, num_bins)

@@ -64,7 +64,6 @@ class LearnerRank:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
         self._settings, self._rank, self._size, self._timeout_s = settings, rank, size, timeout_s
         self._learner: PPOLearner | None = None
-        self._calls = 0
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can listen."""

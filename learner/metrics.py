@@ -14,7 +14,7 @@ from learner.targets import Predictions, Targets
 def batch_metrics(
     experience: Experience,
     predicted: Predictions | None,
-    targets: Targets,
+    targets: Targets | None,
     stats: Mapping[str, Any],
     *,
     normaliser: RunningMoments,
@@ -64,8 +64,8 @@ def lag_metrics(batch: Sequence[ScoredRollout], training_version: int) -> dict[s
     return {"lag_steps_max": float(max(lags)), "lag_steps_mean": sum(lags) / len(lags)}
 
 
-def _explained_variance(targets: Targets, mask_BT: Any) -> float:
-    if targets.returns_BT is None or targets.values_BT is None:
+def _explained_variance(targets: Targets | None, mask_BT: Any) -> float:
+    if targets is None or targets.returns_BT is None or targets.values_BT is None:
         return 0.0
     returns = targets.returns_BT[mask_BT].double()  # the square of a large score overflows float32
     variance = returns.var(correction=0)

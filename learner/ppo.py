@@ -106,14 +106,19 @@ class PPOLearner:
         predicted = None
         if needs_predictions(self.algorithm, num_updates=len(minibatches)):
             predicted = self._predict(experience, minibatches[: len(minibatches) // self.training.epochs])
-        targets = self._targets(experience, predicted)
-        stats: Counter[str] = Counter()
-        for rows in minibatches:
-            add_stats(stats, self._update(experience, targets, rows))
-        stats = self._over_ranks(stats)
+        if predicted is None or all(values.isfinite().all() for values in predicted):
+            targets = self._targets(experience, predicted)
+            stats: Counter[str] = Counter()
+            for rows in minibatches:
+                add_stats(stats, self._update(experience, targets, rows))
+            stats = self._over_ranks(stats)
+        else:  # the weights themselves give NaN: no target can be fixed, and none of the statistics may see it
+            predicted, targets = None, None
+            stats = Counter(minibatches=len(minibatches), skipped_minibatches=len(minibatches))
         metrics = batch_metrics(experience, predicted, targets, stats, normaliser=self.value_moments)
         self._count_skipped(stats, training_version)
-        self._adapt_kl(metrics["kl_to_reference"], len(experience))
+        if self.skipped_in_row == 0:
+            self._adapt_kl(metrics["kl_to_reference"], len(experience))
         self.step_count += 1
         return metrics | update_metrics(stats) | lag_metrics(batch, training_version) | {"kl_coef": self.kl_coef}
 
@@ -267,8 +272,9 @@ class PPOLearner:
         return 2 * sum(tensor.numel() for name, tensor in state.items() if name not in tied and name not in adapter)
 
     def counters(self) -> dict[str, Any]:
-        """Everything in the state that is not a tensor."""
+        """Everything in the state that is not a tensor, and the algorithm that it belongs to."""
         return {
+            "algorithm": self.algorithm.name,
             "kl_coef": self.kl_coef,
             "step_count": self.step_count,
             "skipped_in_row": self.skipped_in_row,
@@ -277,6 +283,9 @@ class PPOLearner:
         }
 
     def restore_counters(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for the state of another algorithm."""
+        if state["algorithm"] != self.algorithm.name:
+            raise ValueError(f"checkpoint of algorithm {state['algorithm']}, this is {self.algorithm.name}")
         self.kl_coef = state["kl_coef"]
         self.step_count = state["step_count"]
         self.skipped_in_row = state["skipped_in_row"]

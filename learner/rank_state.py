@@ -41,6 +41,7 @@ def load_state(learner: PPOLearner, folder: Path) -> None:
     Raises:
         ValueError: it is of another model or algorithm.
     """
+    learner.restore_counters(json.loads((folder / "learner.json").read_text(encoding="utf-8")))
     state = _state(learner)
     with _quiet():
         _check_same(state, folder / "learner")
@@ -52,7 +53,6 @@ def load_state(learner: PPOLearner, folder: Path) -> None:
         optim_state_dict=state["optimizer"],
         options=_TRAINED,
     )
-    learner.restore_counters(json.loads((folder / "learner.json").read_text(encoding="utf-8")))
 
 
 def save_policy(learner: PPOLearner, folder: Path, tokenizer: Any) -> None:

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two(one_rank, tiny_model: Path, tmp
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in saved.parameters())
     state = json.loads((tmp_path / "state" / "learner.json").read_text(encoding="utf-8"))
-    assert state["step_count"] == STEPS - 1
+    assert (state["algorithm"], state["step_count"]) == ("ppo", STEPS - 1)
     assert state["kl_coef"] != settings(tiny_model).algorithm.kl_coef
 
 

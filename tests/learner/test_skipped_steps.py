@@ -167,7 +167,6 @@ def test_weights_that_give_nan_are_a_skipped_step_where_the_loss_sees_them_first
 
 
 # kl_target: a coefficient that is NaN once stays so.
-@pytest.mark.xfail(strict=True, reason="NaN from the proximal pass reaches metrics, kl_coef and errors; see the lead")
 @pytest.mark.parametrize(
     "algorithm",
     [
