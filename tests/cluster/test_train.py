@@ -439,6 +439,7 @@ def test_a_reward_that_always_raises_ends_the_run_with_its_reason(
     assert ended.metrics == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_models_load_ends_at_once(tiny_model: Path, tmp_path: Path) -> None:
     write_config(tmp_path, write_project(tmp_path, tiny_model))
     with Command("train", "config.yaml", cwd=tmp_path) as command:

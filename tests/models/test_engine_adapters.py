@@ -31,6 +31,8 @@ from tests.models.test_engine import (
 )
 from tests.tiny import build_tiny_model
 
+pytestmark = pytest.mark.slow  # engines with adapters take minutes to answer on two cores
+
 LORA = LoraConfig(rank=4, alpha=8)
 MAX_VERSIONS = 3
 
