@@ -7,6 +7,7 @@ judge through their own reliability; training sees their votes alone.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from contracts.waiting import answer
 from feedback.formats import read_preferences, write_preferences
 from feedback.quality import Aggregate, comparisons, dawid_skene
 from feedback.simulate import Pair, simulate_votes
+from learner.group import allocator_environment
 from learner.reward_model import RewardModelReport, train_reward_model
 
 
@@ -151,7 +153,9 @@ async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progre
     worker = config.reward_workers
     # One call a worker: the process ends with the training, and its gigabytes with it.
     task: Any = ray.remote(max_calls=1, max_retries=0)(_train_remotely)  # type: ignore[arg-type]
-    ref = task.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(
+    ref = task.options(
+        num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, runtime_env={"env_vars": allocator_environment()}
+    ).remote(
         list(rows),
         section.reward_model,
         base=base,
@@ -172,8 +176,11 @@ async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progre
     return report
 
 
-def _train_remotely(rows: list[Comparison], config: Any, *, output_dir: str, **options: Any) -> RewardModelReport:
-    return train_reward_model(rows, config, output_dir=Path(output_dir), **options)
+def _train_remotely(
+    rows: list[Comparison], config: Any, *, output_dir: str, threads: int | None, **options: Any
+) -> RewardModelReport:
+    threads = threads or os.cpu_count()  # Ray lets a worker have one by default
+    return train_reward_model(rows, config, output_dir=Path(output_dir), threads=threads, **options)
 
 
 def _record(preferences: Preferences, report: RewardModelReport, simulated: bool) -> dict[str, Any]:

@@ -38,6 +38,11 @@ _MAX_REFORMS = 3  # in a row, without a call that succeeded
 _BLAME_S = 5.0  # beyond deadlines.rank_s: how long a survivor's error waits for the news of the rank that failed
 
 
+def allocator_environment() -> dict[str, str]:
+    """For processes that train; a GLIBC_TUNABLES of the person's own has precedence."""
+    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ALLOCATOR)}
+
+
 @dataclass(frozen=True)
 class LearnerSettings:
     """What a rank needs to build its part of the learner."""
@@ -193,7 +198,7 @@ class LearnerGroup:
             LearnerRank.options(  # type: ignore[attr-defined]
                 num_cpus=self._workers.num_cpus,
                 num_gpus=self._workers.num_gpus,
-                runtime_env={"env_vars": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ALLOCATOR)}},
+                runtime_env={"env_vars": allocator_environment()},
             ).remote(self._settings, rank, size, self._workers.threads, self._deadlines.rank_s)
             for rank in range(size)
         ]
