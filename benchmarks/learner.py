@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-ALLOCATOR_SET = "HEADRACE_BENCHMARK_ALLOCATOR"
+STARTED_AGAIN = "HEADRACE_BENCHMARK_STARTED"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ MEMORY = (
 
 
 def main() -> None:
-    from learner.group import ALLOCATOR
+    from learner.group import training_environment
 
-    if os.environ.get(ALLOCATOR_SET) is None:  # read by the C library before Python starts
-        environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, ALLOCATOR_SET: "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if os.environ.get(STARTED_AGAIN) is None:  # read by the C library before Python starts
+        environment = os.environ | training_environment() | {STARTED_AGAIN: "1"}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.learner", *sys.argv[1:]], environment)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["utilization", "memory", "layouts"])

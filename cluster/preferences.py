@@ -27,7 +27,7 @@ from contracts.waiting import answer
 from feedback.formats import read_preferences, write_preferences
 from feedback.quality import Aggregate, comparisons, dawid_skene
 from feedback.simulate import Pair, simulate_votes
-from learner.group import allocator_environment
+from learner.group import training_environment
 from learner.reward_model import RewardModelReport, train_reward_model
 
 
@@ -154,7 +154,7 @@ async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progre
     # One call a worker: the process ends with the training, and its gigabytes with it.
     task: Any = ray.remote(max_calls=1, max_retries=0)(_train_remotely)  # type: ignore[arg-type]
     ref = task.options(
-        num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, runtime_env={"env_vars": allocator_environment()}
+        num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, runtime_env={"env_vars": training_environment()}
     ).remote(
         list(rows),
         section.reward_model,
