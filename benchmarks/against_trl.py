@@ -36,7 +36,7 @@ MODEL = "bundled:smollm2-135m-instruct"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--lag", type=int, default=1, help="max_lag_steps of the Headrace runs")
+    parser.add_argument("--lags", type=int, nargs="+", default=[0], help="max_lag_steps of the Headrace runs")
     parser.add_argument("--trl-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trl_only:
@@ -44,10 +44,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = {"TRL GRPO": in_another_process(arguments.steps)}
-        for name, lag in (("GRPO", 0), ("GRPO", arguments.lag), ("PPO, critic, learned reward", arguments.lag)):
-            rows[f"Headrace {name}, max_lag_steps {lag}"] = train_with_headrace(
-                Path(folder, f"{name[:4]}{lag}"), arguments.steps, ppo=name.startswith("PPO"), lag=lag
-            )
+        for lag in arguments.lags:
+            for name in ("GRPO", "PPO, critic, learned reward"):
+                rows[f"Headrace {name}, max_lag_steps {lag}"] = train_with_headrace(
+                    Path(folder, f"{name[:4]}{lag}"), arguments.steps, ppo=name.startswith("PPO"), lag=lag
+                )
     print(report(rows))
 
 
