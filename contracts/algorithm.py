@@ -44,6 +44,11 @@ class AlgorithmConfig(Section):
     value_coef: NonNegative = 0.1
     truncation: Literal["terminal", "bootstrap"] = "terminal"
     kl_coef: NonNegative = 0.05
+    monitor_kl: bool = Field(
+        default=True,
+        description="false, with kl_coef 0: training never asks the reference, kl_to_reference is reported as 0, and "
+        "only the evaluation measures KL",
+    )
     kl_in: Literal["reward", "loss"] | None = Field(
         default=None, description="default: loss for grpo and dr_grpo, reward for the others"
     )
@@ -85,6 +90,8 @@ class AlgorithmConfig(Section):
             for field in ("truncation", "normalise_values"):
                 if getattr(self, field) not in ("terminal", False):
                     raise ValueError(f"{field} needs a critic, and {self.name} has none")
+        if not self.monitor_kl and self.kl_coef > 0:
+            raise ValueError(f"monitor_kl is false, but kl_coef {self.kl_coef:g} needs the reference: set kl_coef to 0")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target adapts kl_coef by factors, so kl_coef must start above 0")
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,17 +16,23 @@ from contracts.records import ScoredRollout
 from learner.advantage import equal_groups
 from models.packing import Layout, pack, pad
 
+_LARGEST = float(np.finfo(np.float32).max)  # beyond it a number is infinite in the learner's tensors
+
 
 @dataclass(frozen=True)
 class Experience:
-    """A batch in response coordinates: column t is response token t, whatever the length of the prompt."""
+    """A batch in response coordinates: column t is response token t, whatever the length of the prompt.
+
+    `trained_BT` is the mask without the tokens that are too old for the loss.
+    """
 
     prompts: list[list[int]]
     responses: list[list[int]]
     groups_B: Tensor
     mask_BT: Tensor
+    trained_BT: Tensor
     behavior_logprobs_BT: Tensor
-    reference_logprobs_BT: Tensor
+    reference_logprobs_BT: Tensor | None  # None: the run does not ask for them
     scores_B: Tensor
     truncated_B: Tensor
 
@@ -61,8 +68,11 @@ class MicroBatch:
     counts: bool = True
 
 
-def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Experience:
+def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int, oldest_version: int = 0) -> Experience:
     """Tensors of a batch, response side padded with zeros to the longest response.
+
+    Tokens sampled by weights older than `oldest_version` stay in the batch and out of the loss: what came after them
+    was sampled in their context.
 
     Raises:
         ValueError: a prompt or response is empty, a sequence is longer than the budget of a micro-batch, or a number is
@@ -72,8 +82,9 @@ def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Exper
         raise ValueError("the batch is empty")
     width = max(len(sample.rollout.response_tokens) for sample in batch)
     mask_BT = torch.zeros(len(batch), width, dtype=torch.bool)
+    trained_BT = torch.zeros(len(batch), width, dtype=torch.bool)
     behavior_BT = torch.zeros(len(batch), width)
-    reference_BT = torch.zeros(len(batch), width)
+    reference_BT = torch.zeros(len(batch), width) if all(sample.reference_logprobs for sample in batch) else None
     groups: dict[str, int] = {}
     for row, sample in enumerate(batch):
         problem = problem_of(sample, token_budget=token_budget)
@@ -81,14 +92,17 @@ def to_experience(batch: Sequence[ScoredRollout], *, token_budget: int) -> Exper
             raise ValueError(f"trajectory {sample.rollout.trajectory_id}: {problem}")
         length = len(sample.rollout.response_tokens)
         mask_BT[row, :length] = True
+        trained_BT[row, :length] = torch.tensor(sample.rollout.weights_versions) >= oldest_version
         behavior_BT[row, :length] = torch.tensor(sample.rollout.behavior_logprobs)
-        reference_BT[row, :length] = torch.tensor(sample.reference_logprobs)
+        if reference_BT is not None:
+            reference_BT[row, :length] = torch.tensor(sample.reference_logprobs)
         groups.setdefault(sample.rollout.group_id, len(groups))
     return Experience(
         prompts=[sample.rollout.prompt_tokens for sample in batch],
         responses=[sample.rollout.response_tokens for sample in batch],
         groups_B=torch.tensor([groups[sample.rollout.group_id] for sample in batch]),
         mask_BT=mask_BT,
+        trained_BT=trained_BT,
         behavior_logprobs_BT=behavior_BT,
         reference_logprobs_BT=reference_BT,
         scores_B=torch.tensor([sample.reward for sample in batch], dtype=torch.float32),
@@ -111,7 +125,7 @@ def problem_of(sample: ScoredRollout, *, token_budget: int) -> str | None:
     if length > token_budget:
         return f"{length} tokens are more than training.micro_batch_tokens {token_budget}"
     for name, values in numbers.items():
-        if not torch.tensor(values, dtype=torch.float32).isfinite().all():  # 1e39 is infinite there
+        if not (np.abs(np.asarray(values, dtype=np.float64)) <= _LARGEST).all():
             return f"{name} is not finite"
     return None
 

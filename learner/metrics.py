@@ -26,7 +26,8 @@ def batch_metrics(
         kl_sum, entropy_sum = stats.get("reference_kl_sum", 0.0), stats.get("entropy_sum", 0.0)
         gap_mean, gap_max = stats.get("behavior_gap_sum", 0.0) / num_tokens, stats.get("behavior_gap_max", 0.0)
     else:
-        kl_sum = (predicted.logprobs_BT - experience.reference_logprobs_BT)[mask_BT].sum()
+        reference_BT = experience.reference_logprobs_BT
+        kl_sum = 0.0 if reference_BT is None else (predicted.logprobs_BT - reference_BT)[mask_BT].sum()
         entropy_sum = predicted.entropy_BT[mask_BT].sum()
         gap_n = (predicted.logprobs_BT - experience.behavior_logprobs_BT)[mask_BT].abs()
         gap_mean, gap_max = gap_n.mean(), gap_n.max()
@@ -36,6 +37,7 @@ def batch_metrics(
         "explained_variance": _explained_variance(targets, mask_BT),
         "response_tokens_mean": num_tokens / num_responses,
         "truncated_fraction": float(experience.truncated_B.float().mean()),
+        "masked_token_fraction": 1 - int(experience.trained_BT.sum()) / num_tokens,
         "behavior_logprob_gap_mean": float(gap_mean),
         "behavior_logprob_gap_max": float(gap_max),
         "return_std": normaliser.standardisation()[1],
@@ -59,8 +61,10 @@ def update_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def lag_metrics(batch: Sequence[ScoredRollout], training_version: int) -> dict[str, float]:
-    lags = [training_version - sample.rollout.oldest_version for sample in batch]
+def lag_metrics(batch: Sequence[ScoredRollout], training_version: int, *, oldest_version: int = 0) -> dict[str, float]:
+    """Of the oldest token of each response that is in the loss, which those before `oldest_version` are not."""
+    versions = [[each for each in sample.rollout.weights_versions if each >= oldest_version] for sample in batch]
+    lags = [training_version - min(each, default=training_version) for each in versions]
     return {"lag_steps_max": float(max(lags)), "lag_steps_mean": sum(lags) / len(lags)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class PPOLearner:
         seed: int,
         critic_path: str | None = None,
         ranks: Ranks | None = None,
+        mask_older_than: int | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.training = training
@@ -50,6 +51,7 @@ class PPOLearner:
         self.max_response_tokens = max_response_tokens
         self.total_steps = total_steps
         self.seed = seed
+        self.mask_older_than = mask_older_than  # steps; older tokens are left out of the loss
         self.ranks = ranks or alone(torch.device("cpu"))
         self.policy = ActorCritic.load(
             model_path,
@@ -101,7 +103,10 @@ class PPOLearner:
             ValueError: a record that cannot be trained on; names the trajectory.
             ArithmeticError: `training.max_skipped_steps` steps in a row had no finite gradient.
         """
-        experience = to_experience(batch, token_budget=self.training.micro_batch_tokens)
+        oldest = 0 if self.mask_older_than is None else training_version - self.mask_older_than
+        experience = to_experience(batch, token_budget=self.training.micro_batch_tokens, oldest_version=oldest)
+        if self.algorithm.monitor_kl and experience.reference_logprobs_BT is None:
+            raise ValueError("trajectories without reference_logprobs, which only algorithm.monitor_kl false allows")
         minibatches = self._minibatches(experience, training_version)
         predicted = None
         if needs_predictions(self.algorithm, num_updates=len(minibatches)):
@@ -120,7 +125,12 @@ class PPOLearner:
         if self.skipped_in_row == 0:
             self._adapt_kl(metrics["kl_to_reference"], len(experience))
         self.step_count += 1
-        return metrics | update_metrics(stats) | lag_metrics(batch, training_version) | {"kl_coef": self.kl_coef}
+        return (
+            metrics
+            | update_metrics(stats)
+            | lag_metrics(batch, training_version, oldest_version=oldest)
+            | {"kl_coef": self.kl_coef}
+        )
 
     def _minibatches(self, experience: Experience, training_version: int) -> list[list[int]]:
         """Rows of each update, whole groups together, in an order that the seed and the step decide."""
@@ -254,22 +264,32 @@ class PPOLearner:
 
         A collective.
         """
-        tied = self.policy.tied()
-        state = {name: tensor for name, tensor in self.policy.policy.state_dict().items() if name not in tied}
         if self.training.lora is not None:
-            return merged(state, self.training.lora, _detached)
-        return {name: _detached(tensor) for name, tensor in state.items()}
+            return merged(self._policy_state(), self.training.lora, _detached)
+        return dict(self.weights_one_by_one(None))
+
+    def weights_one_by_one(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """`weights` without LoRA in `dtype` (None: the masters'), gathered when their turn comes.
+
+        Each step is a collective: every rank goes through all of them.
+        """
+        for name, tensor in self._policy_state().items():
+            # Rounded before it is gathered: half the bytes between the ranks, and the same bits.
+            yield name, _detached(tensor if dtype is None else tensor.to(dtype))
+
+    def _policy_state(self) -> dict[str, Tensor]:
+        tied = self.policy.tied()
+        return {name: tensor for name, tensor in self.policy.policy.state_dict().items() if name not in tied}
 
     def adapter_weights(self) -> dict[str, Tensor]:
         """The policy's whole adapter by PEFT's names, fp32; nothing without LoRA. A collective."""
         return adapters(self.policy.policy.state_dict(), _detached)
 
-    def dense_bytes(self) -> int:
-        """What all weights of the policy take in bf16."""
-        tied = self.policy.tied()
-        state = self.policy.policy.state_dict()
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """What all weights of the policy take in `dtype`."""
+        state = self._policy_state()
         adapter = adapter_names(state)
-        return 2 * sum(tensor.numel() for name, tensor in state.items() if name not in tied and name not in adapter)
+        return dtype.itemsize * sum(tensor.numel() for name, tensor in state.items() if name not in adapter)
 
     def counters(self) -> dict[str, Any]:
         """Everything in the state that is not a tensor, and the algorithm that it belongs to."""
@@ -298,10 +318,11 @@ class _Minibatch:
 
     def __init__(self, learner: PPOLearner, experience: Experience, targets: Targets, rows: list[int]) -> None:
         self.learner, self.experience, self.targets = learner, experience, targets
-        self.num_tokens = int(experience.mask_BT[rows].sum())
-        self.weights_BT = torch.zeros(experience.mask_BT.shape)
+        trained_bT = experience.trained_BT[rows]
+        self.num_tokens = max(1, int(trained_bT.sum()))
+        self.weights_BT = torch.zeros(experience.trained_BT.shape)
         self.weights_BT[rows] = token_weights(
-            experience.mask_BT[rows],
+            trained_bT,
             aggregation=learner.algorithm.aggregation,
             max_tokens=learner.max_response_tokens,
         ).float()
@@ -339,13 +360,14 @@ class _Minibatch:
                 "weights": self.weights_BT,
                 "reference": self.experience.reference_logprobs_BT,
                 "proximal": self.targets.proximal_logprobs_BT,
+                "mask": self.experience.trained_BT,
             }.items()
             if values_BT is not None
         }
 
         def loss(logprobs_n: Tensor, entropy_n: Tensor, part: slice) -> tuple[Tensor, Stats]:
             of = {name: values[None, part] for name, values in flat.items()}
-            logprobs_1n, mask_1n = logprobs_n[None], torch.ones_like(logprobs_n[None], dtype=torch.bool)
+            logprobs_1n, mask_1n = logprobs_n[None], of["mask"]
             shared: dict[str, Any] = {"num_tokens": self.num_tokens, "token_weights_BT": of["weights"]}
             total, stats = policy_loss(
                 logprobs_1n,
@@ -370,7 +392,7 @@ class _Minibatch:
             gap_1n = (logprobs_1n - of["behavior"]).detach()
             stats |= {
                 "entropy_sum": entropy_n.detach().sum(),
-                "reference_kl_sum": (logprobs_1n - of["reference"]).detach().sum(),
+                "reference_kl_sum": (logprobs_1n - of.get("reference", logprobs_1n)).detach().sum(),
                 "behavior_gap_sum": gap_1n.abs().sum(),
                 "behavior_gap_max": gap_1n.abs().max(),
             }
@@ -393,7 +415,7 @@ class _Minibatch:
             values_n[None],
             old_n[None],
             returns_n[None],
-            torch.ones(1, len(values_n), dtype=torch.bool, device=values_M.device),
+            experience.flat(experience.trained_BT, micro.rows)[None].to(values_M.device),
             clip=learner.algorithm.value_clip,
             num_tokens=self.num_tokens,
         )

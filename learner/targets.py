@@ -78,7 +78,7 @@ def critic_targets(
     # Never a score and a bootstrap value for one response: that counts its future twice.
     rewards_BT = shape_rewards(
         scores_B.masked_fill(bootstrapped_B, 0.0),
-        kl(predicted.logprobs_BT, experience.reference_logprobs_BT, estimator="k1"),
+        _kl_to_reference(experience, predicted),
         mask_BT,
         kl_coef=0.0 if config.kl_in_loss else kl_coef,
     )
@@ -100,7 +100,7 @@ def group_targets(
     """One advantage a response, the same at each of its tokens; KL in the reward is summed over the response."""
     mask_BT = experience.mask_BT
     if predicted is not None and not config.kl_in_loss:
-        kl_BT = kl(predicted.logprobs_BT, experience.reference_logprobs_BT, estimator="k1")
+        kl_BT = _kl_to_reference(experience, predicted)
         scores_B = scores_B - kl_coef * torch.where(mask_BT, kl_BT, 0).sum(dim=1)
     advantages_B = group_advantages(scores_B, experience.groups_B, method=config.name)
     behavior_BT = experience.behavior_logprobs_BT
@@ -111,6 +111,13 @@ def group_targets(
         behavior_logprobs_BT=behavior_BT,
         proximal_logprobs_BT=None if predicted is None else predicted.logprobs_BT,
     )
+
+
+def _kl_to_reference(experience: Experience, predicted: Predictions) -> Tensor:
+    """k1 [B, T]; 0 where the run has no use for the reference, whose weight in the reward is 0 then."""
+    reference_BT = experience.reference_logprobs_BT
+    proximal_BT = predicted.logprobs_BT
+    return torch.zeros_like(proximal_BT) if reference_BT is None else kl(proximal_BT, reference_BT, estimator="k1")
 
 
 def _behavior(experience: Experience, proximal_BT: Tensor, config: AlgorithmConfig) -> Tensor:

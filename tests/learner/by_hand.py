@@ -153,26 +153,33 @@ def loss_by_hand(
     *,
     kl_coef: float,
     rows: Sequence[int] | None = None,
+    oldest_version: int = 0,
 ) -> tuple[Tensor, dict[str, float]]:
     """The objective of one optimizer step on `rows` (all), and the means that metrics show.
+
+    Tokens that weights older than `oldest_version` sampled are not there.
 
     PPO (Schulman et al. 2017, eq. 7) with weights from proximal to behaviour policy (Hilton et al. 2022), truncated;
     mean over tokens, mean over responses of token means, or of sums over a constant.
     """
     rows = range(len(batch)) if rows is None else rows
-    num_tokens = sum(len(batch[row].rollout.response_tokens) for row in rows)
+    kept_tokens = {
+        row: [t for t, version in enumerate(batch[row].rollout.weights_versions) if version >= oldest_version]
+        for row in rows
+    }
+    num_tokens = sum(map(len, kept_tokens.values()))
+    num_responses = sum(map(bool, kept_tokens.values()))
     parts: dict[str, Any] = {"policy_loss": 0.0, "value_loss": 0.0, "kl_loss": 0.0, "entropy": 0.0}
     seen: dict[str, list[float]] = {"ratio": [], "weight": [], "clipped": []}
     for row in rows:
         rollout = batch[row].rollout
         now = alone(plain, rollout.prompt_tokens, rollout.response_tokens)
-        length = len(rollout.response_tokens)
         share = {
             "token": 1 / num_tokens,
-            "sequence": 1 / (len(rows) * length),
-            "constant": 1 / (len(rows) * MAX_RESPONSE_TOKENS),
+            "sequence": 1 / (num_responses * max(1, len(kept_tokens[row]))),
+            "constant": 1 / (num_responses * MAX_RESPONSE_TOKENS),
         }[config.aggregation]
-        for t in range(length):
+        for t in kept_tokens[row]:
             proximal, advantage = targets.proximal[row][t], targets.advantages[row][t]
             ratio = (now.logprobs_T[t] - proximal).exp()
             clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -254,7 +261,13 @@ def _pairs(proximal: Sequence[float], sample: ScoredRollout) -> list[tuple[float
 
 
 def new_learner(
-    folder: Path, algorithm: dict[str, Any] | None = None, *, seed: int = 0, value_head: bool = True, **training: Any
+    folder: Path,
+    algorithm: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    value_head: bool = True,
+    mask_older_than: int | None = None,
+    **training: Any,
 ) -> PPOLearner:
     """fp32, one update a step, no clipping of the norm; the value head gets weights of its own: it starts at zero."""
     defaults: dict[str, Any] = {
@@ -273,6 +286,7 @@ def new_learner(
         max_response_tokens=MAX_RESPONSE_TOKENS,
         total_steps=10,
         seed=seed,
+        mask_older_than=mask_older_than,
     )
     if value_head and learner.policy.value_head is not None:
         generator = torch.Generator().manual_seed(7)

@@ -34,6 +34,7 @@ def test_a_batch_in_response_coordinates():
     assert experience.responses == [[11, 12, EOS], [22], [11, EOS]]
     assert experience.mask_BT.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert experience.behavior_logprobs_BT.tolist() == [[-1, -2, -3], [-7, 0, 0], [-1, -1, 0]]
+    assert experience.reference_logprobs_BT is not None
     assert experience.reference_logprobs_BT.tolist() == [[-4, -5, -6], [-8, 0, 0], [-1, -1, 0]]
     assert experience.scores_B.tolist() == [1, 1, 0.25]
     assert experience.truncated_B.tolist() == [False, True, False]

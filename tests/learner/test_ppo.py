@@ -121,6 +121,65 @@ def test_loss_and_gradient_are_those_of_the_papers_objective(folder, objective):
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["ppo kl in loss", "ppo entropy", "grpo", "dr_grpo entropy", "rloo"])
+def test_tokens_older_than_the_bound_are_left_out_of_the_loss(folder, objective):
+    """The first half of each response is older, and of one response all: streaming.stale_tokens mask."""
+    learner = new_learner(folder, OBJECTIVES[objective], mask_older_than=1)
+    plain = plain_copy(folder, learner)
+    batch = [
+        replace(sample, rollout=replace(sample.rollout, weights_versions=[3] * (n // 2) + [4] * (n - n // 2)))
+        for sample in toy_batch(plain)
+        if (n := len(sample.rollout.response_tokens))
+    ]
+    batch[0] = replace(
+        batch[0], rollout=replace(batch[0].rollout, weights_versions=[2] * len(batch[0].rollout.response_tokens))
+    )
+    targets = targets_by_hand(plain, batch, learner.algorithm, kl_coef=learner.algorithm.kl_coef)
+    updates = record_updates(learner)
+    metrics = learner.step(batch, training_version=5)
+    [(before, found)] = updates
+    config = learner.algorithm
+    loss, means = loss_by_hand(plain.take(before), batch, targets, config, kl_coef=config.kl_coef, oldest_version=4)
+    loss.backward()
+    assert_same_gradients(found, gradients_of(plain))
+    assert metrics["policy_loss"] == pytest.approx(means["policy_loss"], abs=2e-5)
+    assert metrics["lag_steps_max"] == 1
+    versions = [version for sample in batch for version in sample.rollout.weights_versions]
+    assert metrics["masked_token_fraction"] == pytest.approx(sum(each < 4 for each in versions) / len(versions))
+
+
+def test_a_batch_of_stale_tokens_alone_changes_nothing(folder):
+    learner = new_learner(folder, {"name": "grpo"}, mask_older_than=1)
+    before = tensors_of(learner)
+    metrics = learner.step(toy_batch(plain_copy(folder, learner)), training_version=2)
+    assert finite_floats(metrics)
+    assert metrics["masked_token_fraction"] == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(learner).items())
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo"])
+def test_without_a_reference_the_step_is_that_of_kl_coef_0(folder, name):
+    """algorithm.monitor_kl false: responses come without reference log-probabilities."""
+    with_reference = new_learner(folder, {"name": name, "kl_coef": 0.0})
+    batch = toy_batch(plain_copy(folder, with_reference))
+    without = new_learner(folder, {"name": name, "kl_coef": 0.0, "monitor_kl": False})
+    metrics = [
+        with_reference.step(batch, training_version=0),
+        without.step([replace(sample, reference_logprobs=[]) for sample in batch], training_version=0),
+    ]
+    assert metrics[0]["kl_to_reference"] != 0 == metrics[1]["kl_to_reference"]
+    assert metrics[0] | {"kl_to_reference": 0.0} == metrics[1]
+    tensors = tensors_of(with_reference)
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in tensors_of(without).items())
+
+
+def test_a_reference_that_is_missing_is_no_reference_of_0(folder):
+    learner = new_learner(folder, {"name": "grpo"})
+    batch = [replace(sample, reference_logprobs=[]) for sample in toy_batch(plain_copy(folder, learner))]
+    with pytest.raises(ValueError, match="without reference_logprobs"):
+        learner.step(batch, training_version=0)
+
+
 @pytest.mark.parametrize(
     ("objective", "rate"),
     [
