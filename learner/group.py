@@ -12,14 +12,15 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
@@ -27,7 +28,7 @@ from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from learner.ppo import PPOLearner
-from learner.publish import WeightsRef, publish
+from learner.publish import Publisher, WeightsRefs
 from learner.rank_state import load_state, save_policy, save_policy_adapter, save_state
 from learner.ranks import join
 
@@ -53,7 +54,10 @@ def training_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """What a rank needs to build its part of the learner."""
+    """What a rank needs to build its part of the learner.
+
+    `weights_dtype` is what engines compute in, and so what they are sent; `weights_key` signs it.
+    """
 
     model_path: str
     critic_path: str | None
@@ -63,13 +67,17 @@ class LearnerSettings:
     max_response_tokens: int
     total_steps: int
     seed: int
+    mask_older_than: int | None = None
+    weights: Literal["delta", "dense"] = "delta"
+    weights_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weights_key: bytes | None = None
 
 
 class RankFailure(RuntimeError):
     """A rank died or fell silent; the message names it."""
 
 
-@ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
+@ray.remote(concurrency_groups={"health": 1, "keyframes": 1})  # type: ignore[call-overload]
 class LearnerRank:
     """One rank: a process with its shard of policy, critic and optimizer."""
 
@@ -77,6 +85,9 @@ class LearnerRank:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
         self._settings, self._rank, self._size, self._timeout_s = settings, rank, size, timeout_s
         self._learner: PPOLearner | None = None
+        # An adapter is a few percent of the weights, and none of its values stays: it is sent whole.
+        dense = settings.weights == "dense" or settings.training.lora is not None
+        self._publisher = Publisher(key=settings.weights_key, dense=dense)
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can listen."""
@@ -100,6 +111,7 @@ class LearnerRank:
             seed=settings.seed,
             critic_path=settings.critic_path,
             ranks=ranks,
+            mask_older_than=settings.mask_older_than,
         )
         if state is not None:
             load_state(self._learner, Path(state))
@@ -108,14 +120,30 @@ class LearnerRank:
     def step(self, batch: Sequence[ScoredRollout], training_version: int) -> dict[str, float]:
         return self._loaded.step(batch, training_version=training_version)
 
-    def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef] | None:
-        """Rank 0 puts the whole weights, with LoRA the adapter, into the object store; the others help to gather."""
-        learner = self._loaded
-        lora = self._settings.training.lora
-        tensors, dense_bytes = (
-            (learner.weights(), None) if lora is None else (learner.adapter_weights(), learner.dense_bytes())
-        )
-        return publish(tensors, version=version, dense_bytes=dense_bytes) if self._rank == 0 else None
+    def seed(self, version: int, rounded: bool) -> None:
+        """The engines hold the current weights as `version`, `rounded` to a checkpoint's bf16; a collective."""
+        tensors, adapter_of = self._outgoing(rounded=rounded)
+        if self._rank == 0:
+            self._publisher.seed(tensors, version=version, adapter_of=adapter_of)
+        else:
+            _gather(tensors)
+
+    def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRefs] | None:
+        """Rank 0 puts what changed, with LoRA the adapter, into the object store; the others help to gather."""
+        tensors, adapter_of = self._outgoing()
+        if self._rank == 0:
+            return self._publisher.publish(tensors, version=version, adapter_of=adapter_of)
+        _gather(tensors)
+        return None
+
+    @ray.method(concurrency_group="keyframes")
+    def keyframe(self) -> tuple[WeightsUpdate, WeightsRefs]:
+        """Rank 0: the last published version, complete in itself; made while the other ranks and a step go on.
+
+        Raises:
+            RuntimeError: this rank has published none, nor been told which one the engines hold.
+        """
+        return self._publisher.keyframe()
 
     def save(self, folder: str) -> None:
         """Write `policy/`, with LoRA `policy_adapter/`, and `state/` below `folder`."""
@@ -133,11 +161,26 @@ class LearnerRank:
     def pid(self) -> int:
         return os.getpid()
 
+    def _outgoing(self, *, rounded: bool = False) -> tuple[Iterator[tuple[str, Tensor]], int | None]:
+        """What engines are sent, gathered tensor by tensor, and for an adapter the bytes of what it adapts."""
+        learner, dtype = self._loaded, getattr(torch, self._settings.weights_dtype)
+        if self._settings.training.lora is not None:
+            adapter = learner.adapter_weights()
+            return ((name, tensor.bfloat16()) for name, tensor in adapter.items()), learner.dense_bytes(dtype)
+        tensors = learner.weights_one_by_one(torch.bfloat16 if rounded else dtype)
+        return ((name, tensor.to(dtype)) for name, tensor in tensors), None
+
     @property
     def _loaded(self) -> PPOLearner:
         if self._learner is None:
             raise RuntimeError(f"learner rank {self._rank} was asked to work before it loaded its model")
         return self._learner
+
+
+def _gather(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Take part in the collectives of a rank that uses the tensors."""
+    for _ in tensors:
+        pass
 
 
 class LearnerGroup:
@@ -163,11 +206,16 @@ class LearnerGroup:
         self._logged, self._note = logged, note
         self._snapshot, self._snapshot_step = snapshot, step
         self._step = step  # trained so far
+        self._published = step
+        self._from_checkpoint = snapshot is not None  # what engines hold as the published version
+        self._whole = asyncio.Event()  # rank 0 holds the published version
         self._ranks: list[Any] = []
 
     async def ready(self) -> int:
         """Start the ranks and load the model on each; returns the number of parameters."""
-        return await self._start()
+        parameters = await self._start()
+        await self._seed()
+        return parameters
 
     async def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
         # One copy in the object store, read by every rank.
@@ -177,10 +225,34 @@ class LearnerGroup:
         metrics: dict[str, float] = answers[0]
         return metrics
 
-    async def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRef]:
+    async def publish(self, version: int) -> tuple[WeightsUpdate, WeightsRefs]:
         answers = await self._repairing("publish", (version,), f"publish version {version}", self._deadlines.weights_s)
-        sent: tuple[WeightsUpdate, WeightsRef] = answers[0]
+        sent: tuple[WeightsUpdate, WeightsRefs] = answers[0]
+        self._published, self._from_checkpoint = version, False
+        self._whole.set()
         return sent
+
+    async def keyframe(self) -> tuple[WeightsUpdate, WeightsRefs]:
+        """The last published version, complete in itself, for engines that hold another or none.
+
+        Before the first `publish` it is the version that the run started from. Answered while a step runs; where the
+        ranks are being replaced, after that.
+
+        Raises:
+            NoAnswer: not within `deadlines.weights_s`.
+        """
+        who, asked, deadline_s = self._name(0), "make a keyframe of the weights", self._deadlines.weights_s
+        return await answer(self._keyframe(), who=who, asked=asked, deadline_s=deadline_s)
+
+    async def _keyframe(self) -> tuple[WeightsUpdate, WeightsRefs]:
+        while True:
+            await self._whole.wait()
+            try:
+                made: tuple[WeightsUpdate, WeightsRefs] = await self._ranks[0].keyframe.remote()
+            except RayActorError:
+                await asyncio.sleep(_LOOK_AGAIN_S)  # whoever works with the ranks notices, and replaces them
+            else:
+                return made
 
     async def save(self, folder: Path) -> None:
         await self._repairing("save", (str(folder),), "write a checkpoint", self._deadlines.checkpoint_s)
@@ -230,10 +302,21 @@ class LearnerGroup:
         raise AssertionError("unreachable")
 
     async def _reform(self) -> None:
+        self._whole.clear()
         self.stop()
         await self._start()
+        if self._published == self._snapshot_step:
+            await self._seed()
         for step in range(self._snapshot_step + 1, self._step + 1):
             await self._all("step", (self._logged(step), step - 1), f"train step {step} again", self._deadlines.learn_s)
+            if self._published == step:
+                await self._seed()
+
+    async def _seed(self) -> None:
+        """Tell new ranks that what they hold now is the published version: the next one builds on it."""
+        arguments, asked = (self._published, self._from_checkpoint), "take stock of its weights"
+        await self._all("seed", arguments, asked, self._deadlines.weights_s)
+        self._whole.set()
 
     async def _all(
         self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float, *, watch: bool = True

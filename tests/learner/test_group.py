@@ -19,7 +19,7 @@ from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.records import ScoredRollout
 from learner.group import LearnerGroup, LearnerSettings, RankFailure
-from models.weights import from_wire
+from models.weight_stream import read_tensors
 from tests.command import Processes
 from tests.conftest import RunCoroutine
 from tests.rollouts import scored_rollout
@@ -98,8 +98,10 @@ async def trained(made: LearnerGroup, first: int = 1, last: int = STEPS) -> list
 
 
 async def weights(made: LearnerGroup, version: int) -> dict[str, torch.Tensor]:
-    _, payload = await made.publish(version)
-    return {name: tensor.clone() for name, tensor in from_wire(await payload[0]).items()}
+    """As published, whole."""
+    await made.publish(version)
+    update, payload = await made.keyframe()
+    return read_tensors(await asyncio.gather(*payload), update=update, sender="the learner")
 
 
 async def run_of(ranks: int, chosen: LearnerSettings) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
