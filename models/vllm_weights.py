@@ -1,4 +1,4 @@
-"""The worker's side of `Engine.load_weights`: runs inside vLLM's worker processes.
+"""The worker's side of `Engine.update`: runs inside vLLM's worker processes.
 
 Naming `HeadraceWorker` as vLLM's worker_extension_cls imports this module in every worker
 before the model loads, which registers the weight transfer backend.
@@ -8,61 +8,67 @@ import contextlib
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 from vllm.platforms import current_platform
 
-BACKEND = "headrace-file"
+from models.engine_shadow import mapped_for_reading
+
+BACKEND = "headrace-shadow"
 OWNER_VARIABLE = "HEADRACE_ENGINE_OWNER"
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: every update names its own file."""
+class ShadowInitInfo(WeightTransferInitInfo):
+    """Where the engine's shadow lies until every worker has mapped it."""
+
+    path: str
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """One update: all weights, in checkpoint names and full shapes, as a safetensors file."""
+class ShadowUpdateInfo(WeightTransferUpdateInfo):
+    """One update: the shadow holds the weights of `version`, whole."""
 
-    path: str
     version: int
 
 
-class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Loads a whole set of weights from a safetensors file on this machine.
+class ShadowWeightTransfer(WeightTransferEngine[ShadowInitInfo, ShadowUpdateInfo]):
+    """Loads a whole set of weights from the engine's shadow.
 
     `loaded_version` is the version whose weights the model holds, None while it holds a
     mixture: set only after the last layer is in place.
     """
 
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
+    init_info_cls = ShadowInitInfo
+    update_info_cls = ShadowUpdateInfo
 
     loaded_version: int | None = None
 
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        pass
+    def init_transfer_engine(self, init_info: ShadowInitInfo) -> None:
+        self._shadow = mapped_for_reading(Path(init_info.path))
 
     def set_initial_version(self, version: int) -> None:
         self.loaded_version = version
 
     def start_weight_update(self) -> None:
-        # Nothing yet: an unreadable file must be found before the model is touched.
+        # The reload begins where its failure can be told: in receive_weights.
         pass
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -70,16 +76,14 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         if not current_platform.is_cpu():  # the base class synchronises unconditionally
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        with safe_open(update_info.path, framework="pt") as file:
-            names = list(file.keys())
-            self.loaded_version = None
-            initialize_layerwise_reload(self.model)
-            load_weights: Any = self.model.load_weights
-            load_weights((name, file.get_tensor(name)) for name in names)
-            finalize_layerwise_reload(self.model, self.model_config)
+    def receive_weights(self, update_info: ShadowUpdateInfo) -> None:
+        self.loaded_version = None
+        initialize_layerwise_reload(self.model)
+        load_weights: Any = self.model.load_weights
+        load_weights(self._shadow.items())
+        finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
-            repack_lm_heads(self.model)
+            renew_tied_heads(self.model)
         self.loaded_version = update_info.version
 
     def finish_weight_update(self) -> None:
@@ -90,18 +94,21 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         pass
 
 
-def repack_lm_heads(model: torch.nn.Module) -> None:
-    """Pack the output layers again from their current weights.
+def renew_tied_heads(model: torch.nn.Module) -> None:
+    """Let every output layer that is tied to an embedding compute with the embedding's packed weights.
 
-    On CPU the packed copy of an lm_head tied to the embedding is not renewed by the layerwise
-    reload: the file names no lm_head, so nothing "loads" it, and the engine would sample from
-    new hidden states and old output weights.
+    On CPU the packed copy of such a layer is not renewed by the layerwise reload: no weight has its
+    name, so nothing "loads" it, and the engine would sample from new hidden states and old output
+    weights. The embedding, whose weights are the same, has just been packed.
     """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    embeddings = {
+        id(module.weight): module
+        for module in model.modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    for head in model.modules():
+        if isinstance(head, ParallelLMHead) and id(head.weight) in embeddings:
+            head.cpu_linear = embeddings[id(head.weight)].cpu_linear
 
 
 def end_with(owner_pid: int) -> None:
@@ -122,15 +129,18 @@ def end_with(owner_pid: int) -> None:
 class HeadraceWorker:
     """Methods that vLLM's workers gain, for collective_rpc."""
 
-    weight_transfer_engine: FileWeightTransfer
+    weight_transfer_engine: ShadowWeightTransfer
 
     def headrace_set_initial_version(self, version: int) -> None:
         self.weight_transfer_engine.set_initial_version(version)
 
-    def headrace_loaded_version(self) -> int | None:
+    def headrace_end_update(self) -> int | None:
+        """After a failed update: close it where it is still open, and say which version is loaded."""
+        with contextlib.suppress(RuntimeError):  # none is open, or the model holds a mixture
+            self.finish_weight_update()  # type: ignore[attr-defined] # a method of vLLM's worker
         return self.weight_transfer_engine.loaded_version
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+WeightTransferEngineFactory.register_engine(BACKEND, ShadowWeightTransfer)
 if owner := os.environ.get(OWNER_VARIABLE):
     end_with(int(owner))

@@ -14,7 +14,7 @@ import psutil
 
 from cluster.doctor.finding import Finding
 
-# models.engine.WEIGHTS_FILE_PREFIX; importing it here would import torch, which may be what is broken.
+# models.engine_files.WEIGHTS_FILE_PREFIX; importing it here would import torch, which may be what is broken.
 WEIGHTS_FILE = re.compile(r"headrace-weights-(\d+)\b")
 _RAY_PROCESSES = ("raylet", "gcs_server")
 

@@ -176,7 +176,7 @@ def test_weights_of_dead_processes_are_found_and_left_alone(tmp_path):
 
 
 def test_the_prefix_is_the_engines():
-    source = (Path(__file__).parents[2] / "models" / "engine.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parents[2] / "models" / "engine_files.py").read_text(encoding="utf-8")
     assert 'WEIGHTS_FILE_PREFIX = "headrace-weights-"' in source
 
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from contracts.algorithm import LoraConfig
 from models import engine_adapters
 from models.adapters import adapter_shapes, layer_kinds, save_adapter, skeleton
-from models.engine import WEIGHTS_FILE_PREFIX, Engine, Generation, WeightsError, weights_folder
+from models.engine import Engine, Generation, WeightsError
 from models.engine_adapters import AdapterSettings
+from models.engine_files import WEIGHTS_FILE_PREFIX, weights_folder
 from tests.models.test_engine import (
     MAX_LOGPROB_ERROR,
     MEAN_LOGPROB_ERROR,
@@ -116,8 +117,8 @@ def test_an_adapter_of_zeros_answers_like_the_base(rig: Rig) -> None:
 
 
 def test_an_adapter_answers_like_merged_weights(rig: Rig) -> None:
-    held_s = rig.run(rig.engine.load_adapter(2, rig.adapter(1), deadline_s=60))
-    assert 0 < held_s < 60
+    times = rig.run(rig.engine.load_adapter(2, rig.adapter(1), deadline_s=60))
+    assert 0 < times.held_s < 60
     assert rig.engine.version == 2
     answers = rig.run(greedy(rig.engine))
     compared = 0
@@ -258,3 +259,6 @@ def test_an_update_right_after_cancelled_requests(rig: Rig) -> None:
 def test_whole_weights_are_refused(rig: Rig) -> None:
     with pytest.raises(ValueError, match="started for adapters"):
         rig.run(rig.engine.load_weights(99, {}, deadline_s=60))
+    with pytest.raises(ValueError, match="started for adapters"):
+        rig.run(rig.engine.update(99, lambda _: None, deadline_s=60))
+    assert rig.engine.shadow_version is None
