@@ -2,18 +2,18 @@
 
 A lease covers one prompt group. It stays open until its batch is in the experience log. A lease whose actor died
 is issued again under the same trajectory ids; one that outlived its deadline is closed as expired and its prompt
-is issued again under new ids. Always: issued = trained + quarantined + expired + open.
+is issued again under new ids. Always: issued = trained + quarantined + expired + dropped + open.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from contracts.records import Prompt
-from learner.experience_queue import ScoredGroup, StalenessBound
+from learner.experience_queue import ScoredGroup, StalenessBound, group_id
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,29 @@ class LeaseCounts:
 
 @dataclass
 class LeaseBook:
-    """Open leases and counts. Deciding only: no waiting and no Ray in here."""
+    """Open leases and counts. Deciding only: no waiting and no Ray in here.
+
+    Counts by version are kept up to date with every change, so that a decision costs O(versions in flight).
+    """
 
     bound: StalenessBound
     num_samples: int
     next_group: int = 0
     counts: LeaseCounts = field(default_factory=LeaseCounts)
-    _running: dict[str, Lease] = field(default_factory=dict)
+    _running: OrderedDict[str, Lease] = field(default_factory=OrderedDict)  # in order of issue
     _queued: dict[str, int] = field(default_factory=dict)  # group id -> version it started at
     _quarantined: Counter[str] = field(default_factory=Counter)
+    _running_at: Counter[int] = field(default_factory=Counter)  # groups by the version they started at
+    _started_at: Counter[int] = field(default_factory=Counter)  # the same, with those that are queued
 
     def running(self) -> Counter[int]:
         """Groups not yet in the queue, by the version they started at."""
-        return Counter(lease.started_version for lease in self._running.values())
+        return self._running_at.copy()
+
+    @property
+    def oldest_running(self) -> int:
+        """The number of the oldest running group; where none runs, of the next one to be issued."""
+        return int(next(iter(self._running))[1:]) if self._running else self.next_group
 
     @property
     def open_groups(self) -> int:
@@ -70,13 +80,18 @@ class LeaseBook:
 
     def may_start(self, version: int, *, training_version: int) -> bool:
         """Whether one more group may start at `version` without ever breaking the staleness bound."""
-        started = self.running() + Counter(self._queued.values())
-        return self.bound.room(started, version=version, training_version=training_version) >= 1
+        return self.bound.room(self._started_at, version=version, training_version=training_version) >= 1
+
+    def oldest_start(self, *, training_version: int) -> int:
+        """The oldest version at which `may_start` is true; it is true at every newer one."""
+        return self.bound.oldest_start(self._started_at, training_version=training_version)
 
     def issue(self, prompt: Prompt, *, version: int, actor_id: str) -> Lease:
-        lease = Lease(f"g{self.next_group:08d}", prompt, self.num_samples, version, actor_id)
+        lease = Lease(group_id(self.next_group), prompt, self.num_samples, version, actor_id)
         self.next_group += 1
         self._running[lease.group_id] = lease
+        self._running_at[version] += 1
+        self._started_at[version] += 1
         self.counts.issued += lease.num_samples
         return lease
 
@@ -98,12 +113,12 @@ class LeaseBook:
 
     def expire(self, lease: Lease) -> None:
         """Give an overdue group up; its prompt is issued again as a new group."""
-        del self._running[lease.group_id]
+        self._end(lease)
         self.counts.expired += lease.num_samples - self._quarantined.pop(lease.group_id, 0)
 
     def drop(self, lease: Lease) -> None:
         """A whole group teaches nothing; another prompt takes its place."""
-        del self._running[lease.group_id]
+        self._end(lease)
         self.counts.dropped += lease.num_samples - self._quarantined.pop(lease.group_id, 0)
 
     def quarantine(self, lease: Lease) -> None:
@@ -111,16 +126,18 @@ class LeaseBook:
         self.counts.quarantined += 1
         self._quarantined[lease.group_id] += 1
         if self._quarantined[lease.group_id] == lease.num_samples:
-            del self._running[lease.group_id]
+            self._end(lease)
             del self._quarantined[lease.group_id]
 
     def queued(self, lease: Lease) -> None:
-        self._queued[lease.group_id] = self._running.pop(lease.group_id).started_version
+        del self._running[lease.group_id]
+        _subtract(self._running_at, lease.started_version)
+        self._queued[lease.group_id] = lease.started_version
 
     def trained(self, batch: Iterable[ScoredGroup]) -> None:
         """The batch is in the experience log: its leases end."""
         for group in batch:
-            del self._queued[group.group_id]
+            _subtract(self._started_at, self._queued.pop(group.group_id))
             self._quarantined.pop(group.group_id, None)
             self.counts.trained += len(group.samples)
 
@@ -139,3 +156,17 @@ class LeaseBook:
         self.next_group = state["next_group"]
         self.counts = LeaseCounts(**state["counts"])
         self._queued = {group.group_id: group.started_version for group in queued}
+        self._started_at = Counter(self._queued.values())
+
+    def _end(self, lease: Lease) -> None:
+        """It is given up while it runs."""
+        del self._running[lease.group_id]
+        _subtract(self._running_at, lease.started_version)
+        _subtract(self._started_at, lease.started_version)
+
+
+def _subtract(groups_at: Counter[int], version: int) -> None:
+    """One group less at `version`. Empty entries go: versions are without end."""
+    groups_at[version] -= 1
+    if not groups_at[version]:
+        del groups_at[version]

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from contracts.clock import now
 from contracts.records import ScoredRollout
 
 if TYPE_CHECKING:
-    from cluster.launch import Job
+    from cluster.job import Job
 
 
 class StepClock:
@@ -20,21 +21,21 @@ class StepClock:
         self._begin()
 
     def _begin(self) -> None:
-        self._begun = self._learning = self._done = time.monotonic()
+        self._begun = self._learning = self._done = now()
         self._idle = self._idle_seconds()
         self._generating = self._job.pool.busy.seconds()
         self._scoring = self._job.scoring.seconds()
         self._blocked = self._job.queue.blocked_s
 
     def waited(self) -> None:
-        self._learning = time.monotonic()
+        self._learning = now()
 
     def learned(self) -> None:
-        self._done = time.monotonic()
+        self._done = now()
 
     def row(self, samples: Sequence[ScoredRollout]) -> dict[str, Any]:
         """The step's times in seconds, and the begin of the next; `generate_s` and `score_s` count overlaps once."""
-        job, step_s = self._job, time.monotonic() - self._begun
+        job, step_s = self._job, now() - self._begun
         learn_s = self._done - self._learning
         idle_s = (self._idle_seconds() - self._idle) / max(len(job.pool.workers), 1)
         row = {
@@ -61,8 +62,8 @@ class StepClock:
         return row
 
     def _idle_seconds(self) -> float:
-        now = time.monotonic()
-        return sum(now - worker.since - worker.busy.seconds() for worker in self._job.pool.workers)
+        seen = now()
+        return sum(seen - worker.since - worker.busy.seconds() for worker in self._job.pool.workers)
 
 
 def reward_metrics(samples: Sequence[ScoredRollout]) -> dict[str, float]:

@@ -1,7 +1,16 @@
-"""Busy time: wall seconds during which at least one thing was going on."""
+"""The run's clock, and busy time: wall seconds during which at least one thing was going on."""
 
+import asyncio
 import time
 from types import TracebackType
+
+
+def now() -> float:
+    """Seconds on the clock of the running event loop, which a simulation sets; outside of one, `time.monotonic()`."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
 
 
 class BusyClock:
@@ -21,7 +30,7 @@ class BusyClock:
 
     def __enter__(self) -> "BusyClock":
         if self.active == 0:
-            self._since = time.monotonic()
+            self._since = now()
         self.active += 1
         return self
 
@@ -30,8 +39,8 @@ class BusyClock:
     ) -> None:
         self.active -= 1
         if self.active == 0:
-            self._seconds += time.monotonic() - self._since
+            self._seconds += now() - self._since
 
     def seconds(self) -> float:
         """Busy wall seconds so far, the current stretch included."""
-        return self._seconds + (time.monotonic() - self._since if self.active else 0.0)
+        return self._seconds + (now() - self._since if self.active else 0.0)

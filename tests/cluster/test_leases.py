@@ -1,10 +1,12 @@
 """The lease book: issued = trained + quarantined + expired + open, after every event."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 
-from cluster.leases import LeaseBook, LeaseCounts
+from cluster.leases import Lease, LeaseBook, LeaseCounts
 from contracts.records import Prompt
 from learner.experience_queue import ScoredGroup, StalenessBound
 from tests.rollouts import scored_rollout
@@ -118,6 +120,71 @@ def test_running_and_queued_groups_both_take_places():
     assert not leases.may_start(0, training_version=0)
     leases.expire(issued[1])
     assert leases.may_start(0, training_version=0)
+
+
+def test_the_oldest_start_is_the_first_version_that_has_room():
+    leases = book(max_lag_steps=1, groups_per_batch=2)
+    assert leases.oldest_start(training_version=0) == 0
+    for _ in range(4):  # batches 0 and 1
+        leases.issue(prompt(), version=0, actor_id="a")
+    assert leases.oldest_start(training_version=0) == 1
+    assert leases.oldest_start(training_version=3) == 4  # 4 and what is out: batches 3 to 5
+
+
+def test_the_oldest_running_group_is_the_first_issued_that_is_neither_queued_nor_given_up():
+    leases = book()
+    assert leases.oldest_running == 0
+    first, second, third = (leases.issue(prompt(), version=0, actor_id="a") for _ in range(3))
+    leases.queued(second)
+    leases.reissue(first, version=0, actor_id="b")
+    assert leases.oldest_running == 0
+    leases.expire(first)
+    assert leases.oldest_running == 2
+    leases.drop(third)
+    assert leases.oldest_running == 3  # the next one
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_counts_kept_up_to_date_are_those_of_counting_everything(seed):
+    draw = random.Random(seed)
+    leases = book(num_samples=2)
+    running: dict[str, Lease] = {}
+    queued: dict[str, Lease] = {}
+    bad: Counter[str] = Counter()
+    for turn in range(200):
+        act = draw.choice(["issue", "issue", "queue", "queue", "train", "expire", "drop", "bad", "reissue", "resume"])
+        if act == "issue":
+            lease = leases.issue(prompt(), version=turn // 40, actor_id="a")
+            running[lease.group_id] = lease
+        elif act == "train" and queued:
+            leases.trained([scored(queued.pop(draw.choice(list(queued))), without=0)])
+        elif act == "resume" and draw.random() < 0.2:
+            left = [scored(lease) for lease in queued.values()]
+            state, leases, running = json.loads(json.dumps(leases.state())), book(num_samples=2), {}
+            leases.restore(state, left)
+        elif running and act in ("queue", "expire", "drop", "bad", "reissue"):
+            lease = running[draw.choice(list(running))]
+            if act == "reissue":
+                running[lease.group_id] = leases.reissue(lease, version=turn // 40, actor_id="b")
+                continue
+            if act == "bad":
+                leases.quarantine(lease)
+                bad[lease.group_id] += 1
+                if bad[lease.group_id] < 2:
+                    continue
+            del running[lease.group_id]
+            if act == "queue":
+                leases.queued(lease)
+                queued[lease.group_id] = lease
+            elif act != "bad":
+                getattr(leases, act)(lease)
+        by_version = Counter(lease.started_version for lease in running.values())
+        assert dict(leases.running()) == dict(by_version)
+        started = by_version + Counter(lease.started_version for lease in queued.values())
+        for version in range(6):
+            room = leases.bound.room(started, version=version, training_version=turn // 40)
+            assert leases.may_start(version, training_version=turn // 40) == (room >= 1)
+        assert leases.open_groups == len(running) + len(queued)
 
 
 def test_open_prompts_are_those_of_running_leases_oldest_first():
