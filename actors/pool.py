@@ -1,23 +1,27 @@
 """The rollout actors of a run: who is free, who holds which weights, and replacing those that die.
 
-The pool decides nothing about prompts. An actor counts only after it has proved the newest published version;
-one that dies or does not take new weights in time is killed and replaced in the background, after a pause that
-doubles with each death in a row. After `max_deaths_in_a_row` the pool fails with the actor's own error.
+The pool decides nothing about prompts. A new actor counts only after it has proved the newest published version, and
+is asked for nothing that its version is too old for; one that dies or does not take new weights in time is killed and
+replaced in the background, after a pause that doubles with each death in a row. After `max_deaths_in_a_row` the pool
+fails with the actor's own error.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from transformers import AutoConfig
 
+from actors.admission import BadRollout, check_rollout
+from actors.delivery import Delivery, Published, WeightsRefused
 from actors.rollout import RolloutActor, RolloutRequest
-from contracts.clock import BusyClock
+from actors.roster import Roster
+from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
@@ -33,17 +37,17 @@ class WorkerLost(RuntimeError):
 
 @dataclass(eq=False)
 class Worker:
-    """One rollout actor as the pool sees it; `busy` runs while it holds requests."""
+    """One rollout actor as the pool sees it; `busy` runs while it holds requests.
+
+    `version` is the one it has proved. `update` runs while it is brought to a newer one.
+    """
 
     actor_id: str
     handle: Any
     version: int
+    update: asyncio.Task[None] | None = None
     busy: BusyClock = field(default_factory=BusyClock)
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def running(self) -> int:
-        return self.busy.active
+    since: float = field(default_factory=now)
 
 
 class RolloutPool:
@@ -59,6 +63,7 @@ class RolloutPool:
         version: int,
         seed: int,
         adapters: AdapterSettings | None = None,
+        weights_key: bytes | None = None,
         max_deaths_in_a_row: int = 3,
     ) -> None:
         self._model = model
@@ -67,11 +72,15 @@ class RolloutPool:
         self._path = path
         self._path_version = version
         self._seed = seed
+        self._vocabulary = 0  # read at the start
         self._adapters = adapters
+        self._weights_key = weights_key
         self._max_deaths_in_a_row = max_deaths_in_a_row
         self.on_change: Callable[[str], None] = lambda event: None
-        self._latest: tuple[WeightsUpdate, list[ray.ObjectRef]] | None = None
-        self._workers: list[Worker] = []
+        self.on_update: Callable[[], None] = lambda: None  # a worker serves a newer version
+        self._delivery = Delivery(deadline_s=deadlines.weights_s)
+        self._delivery.on_refusal = lambda event: self.on_change(event)
+        self._roster: Roster[Worker] = Roster(config.max_concurrent)
         self._starting: set[asyncio.Task[None]] = set()
         self._started = 0
         self._deaths_in_a_row = 0
@@ -80,7 +89,14 @@ class RolloutPool:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        return tuple(self._workers)
+        """Those that count, in order of arrival."""
+        return self._roster.workers
+
+    @property
+    def newest_version(self) -> int:
+        """The newest that any worker can serve: a response that names a later one is not ours."""
+        newest = self._delivery.newest_version
+        return self._path_version if newest is None else newest
 
     async def start(self) -> None:
         """Start all actors at once; returns when every one is ready.
@@ -88,39 +104,50 @@ class RolloutPool:
         Raises:
             NoAnswer, RuntimeError: an actor did not come up; carries its own error.
         """
+        self._vocabulary = await asyncio.to_thread(_vocabulary_of, self._path)
         await asyncio.gather(*(self._start_worker() for _ in range(self._config.num_workers)))
 
-    def free(self, num_requests: int) -> Worker | None:
-        """The least busy worker that has room for `num_requests` more, or None."""
-        limit = max(self._config.max_concurrent, num_requests)
-        workers = [worker for worker in self._workers if worker.running + num_requests <= limit]
-        return min(workers, key=lambda worker: worker.running, default=None)
+    def reserve(self, num_requests: int, *, oldest_version: int = 0) -> Worker | None:
+        """The least loaded worker with room that serves `oldest_version` or newer, places for the requests taken.
+
+        Each place is given back by one `generate`.
+        """
+        return self._roster.reserve(num_requests, oldest_version=oldest_version)
 
     async def generate(self, worker: Worker, request: RolloutRequest, *, deadline_s: float) -> Rollout:
-        """One response from one worker.
+        """One response from one worker that has a place reserved for it.
 
         Raises:
             WorkerLost: the actor died; it is being replaced.
             NoAnswer: the response was not finished in time; it is cancelled, the worker stays.
+            BadRollout: what came back cannot be the response.
         """
-        ref = worker.handle.generate.remote(request)
         try:
             with worker.busy, self.busy:
-                rollout: Rollout = await answer(
-                    ref, who=f"rollout actor {worker.actor_id}", asked="finish a response", deadline_s=deadline_s
-                )
+                ref = worker.handle.generate.remote(request)
+                try:
+                    rollout: Rollout = await answer(
+                        ref, who=f"rollout actor {worker.actor_id}", asked="finish a response", deadline_s=deadline_s
+                    )
+                except (NoAnswer, asyncio.CancelledError):
+                    ray.cancel(ref)
+                    raise
         except RayActorError as error:
             self._lose(worker, error)
             raise WorkerLost(f"rollout actor {worker.actor_id} died") from error
-        except (NoAnswer, asyncio.CancelledError):
-            ray.cancel(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise BadRollout(f"{worker.actor_id}: {error.cause}") from error
             raise
-        else:
-            self._deaths_in_a_row = 0
-            return rollout
+        finally:
+            self._roster.release(worker)
+        newest, vocabulary = self.newest_version, self._vocabulary
+        check_rollout(rollout, request, actor_id=worker.actor_id, newest_version=newest, vocabulary=vocabulary)
+        self._deaths_in_a_row = 0
+        return rollout
 
     async def generate_somewhere(self, request: RolloutRequest, *, deadline_s: float) -> Rollout:
-        """One response from any worker; waits for a free one and tries again where a worker died.
+        """One response under the newest weights; waits for a free worker and tries again where one died.
 
         Raises:
             NoAnswer: no worker finished it in time.
@@ -130,7 +157,7 @@ class RolloutPool:
             while True:
                 if self.failure.done():
                     self.failure.result()
-                worker = self.free(1)
+                worker = self.reserve(1, oldest_version=self._delivery.newest_version or 0)
                 if worker is None:
                     await asyncio.sleep(_FREE_POLL_S)
                     continue
@@ -139,21 +166,29 @@ class RolloutPool:
                 except WorkerLost:
                     continue
 
-    async def load_weights(self, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> float:
-        """Give every worker new weights, each driven by itself; those that fail are replaced.
+    def publish(self, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> None:
+        """Bring new weights to every worker, in the background; those that do not take them are replaced."""
+        self._delivery.publish(update, payload)
+        for worker in self.workers:
+            self._bring_up_to_date(worker)
 
-        Returns the wall seconds for which requests were held, the largest over the engines.
-        """
-        self._latest = (update, payload)
-        held = await asyncio.gather(*(self._update(worker, update, payload) for worker in self.workers))
-        return max((seconds for seconds in held if seconds is not None), default=0.0)
+    def keyframes_from(self, ask: Callable[[], Awaitable[Published]]) -> None:
+        """Who gives the last published version complete, for workers that came late or missed one."""
+        self._delivery.ask_keyframe = ask
+
+    def take_delivery_costs(self) -> dict[str, float]:
+        """Metrics of the deliveries since the last call."""
+        return self._delivery.take_costs()
 
     async def stop(self) -> None:
         """Stop all actors; those that do not answer in time are killed."""
-        for task in self._starting:
+        workers = self.workers
+        updates = [worker.update for worker in workers if worker.update is not None]
+        for task in (*self._starting, *updates):
             task.cancel()
-        await asyncio.gather(*(self._stop_worker(worker) for worker in self.workers))
-        self._workers.clear()
+        for worker in workers:
+            self._roster.remove(worker)
+        await asyncio.gather(*(self._stop_worker(worker) for worker in workers))
 
     async def _start_worker(self) -> None:
         actor_id = f"rollout-{self._started}"
@@ -167,6 +202,7 @@ class RolloutPool:
             path=self._path,
             version=self._path_version,
             adapters=self._adapters,
+            weights_key=self._weights_key,
         )
         try:
             version = await answer(
@@ -177,37 +213,34 @@ class RolloutPool:
             )
             worker = Worker(actor_id, handle, version)
             # Newest weights first: a fresh engine must never serve its initial ones as if they were current.
-            while self._latest is not None and worker.version != self._latest[0].version:
-                await self._load(worker, *self._latest)
+            await self._delivery.bring_up_to_date(worker)
         except BaseException:
             ray.kill(handle)
             raise
-        self._workers.append(worker)
+        self._roster.add(worker)
         self.on_change(f"{actor_id} serves version {worker.version}")
 
-    async def _update(self, worker: Worker, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> float | None:
-        try:
-            return await self._load(worker, update, payload)
-        except (RayActorError, RayTaskError, NoAnswer) as error:
-            self._lose(worker, error)
-            return None
+    def _bring_up_to_date(self, worker: Worker) -> None:
+        if worker.update is not None and not worker.update.done():
+            return  # it goes on until nothing newer is there
+        worker.update = asyncio.get_running_loop().create_task(self._update(worker))
 
-    async def _load(self, worker: Worker, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> float:
-        deadline_s = self._deadlines.weights_s
-        held_s: float = await answer(
-            worker.handle.load_weights.remote(update, payload, deadline_s=deadline_s),
-            who=f"rollout actor {worker.actor_id}",
-            asked=f"take weights version {update.version}",
-            deadline_s=deadline_s,
-        )
-        worker.version = update.version
-        return held_s
+    async def _update(self, worker: Worker) -> None:
+        try:
+            await self._delivery.bring_up_to_date(worker)
+        except Exception as error:  # noqa: BLE001 whatever it is, this worker does not serve the newest weights
+            self._lose(worker, error)
+        else:
+            self._roster.updated(worker)
+            self.on_update()
 
     def _lose(self, worker: Worker, error: Exception) -> None:
         """Take a worker out at once and start another in the background."""
-        if worker not in self._workers:
+        if worker not in self._roster:
             return
-        self._workers.remove(worker)
+        self._roster.remove(worker)
+        if worker.update is not None:
+            worker.update.cancel()
         ray.kill(worker.handle)
         self._deaths_in_a_row += 1
         self.on_change(f"{worker.actor_id} lost: {_first_line(error)}")
@@ -220,7 +253,7 @@ class RolloutPool:
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (self._deaths_in_a_row - 1))
             try:
                 return await self._start_worker()
-            except (RayActorError, RayTaskError, NoAnswer) as again:
+            except (RayActorError, RayTaskError, NoAnswer, WeightsRefused) as again:
                 error = again
                 self._deaths_in_a_row += 1
                 self.on_change(f"a new rollout actor did not start: {_first_line(again)}")
@@ -240,6 +273,11 @@ class RolloutPool:
         except (RayActorError, RayTaskError, NoAnswer) as error:
             self.on_change(f"{worker.actor_id} was killed: {_first_line(error)}")
         ray.kill(worker.handle)
+
+
+def _vocabulary_of(path: str) -> int:
+    size: int = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    return size
 
 
 def _first_line(error: Exception) -> str:

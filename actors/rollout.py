@@ -7,17 +7,25 @@ When the engine is dead or holds a mixture of weights the actor ends itself, so 
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.actor import exit_actor
+from ray.exceptions import RayError
 from transformers import AutoTokenizer
 
+from actors.delivery import WeightsAnswer
 from contracts.config import ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
+from contracts.waiting import answer
 from models.engine import Engine, WeightsError
 from models.engine_adapters import AdapterSettings
-from models.weights import digest
+from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
+
+SENDER = "learner rank 0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class RolloutActor:
         path: str,
         version: int,
         adapters: AdapterSettings | None = None,
+        weights_key: bytes | None = None,
     ) -> None:
         self._actor_id = actor_id
         self._model = model
@@ -53,7 +62,9 @@ class RolloutActor:
         self._path = path
         self._version = version
         self._adapters = adapters
+        self._weights_key = weights_key
         self._engine: Engine | None = None
+        self._receiver: DeltaReceiver | None = None
 
     async def start(self, *, seed: int) -> int:
         """Load the model; returns the version that the engine serves."""
@@ -72,6 +83,9 @@ class RolloutActor:
             weights_version=self._version,
             adapters=self._adapters,
         )
+        if self._adapters is None:
+            tensors, version = self._engine.shadow_tensors, self._engine.version
+            self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=self._weights_key)
         return self._engine.version
 
     async def generate(self, request: RolloutRequest) -> Rollout:
@@ -103,22 +117,45 @@ class RolloutActor:
             actor_id=self._actor_id,
         )
 
-    async def load_weights(self, update: WeightsUpdate, payload: list[ray.ObjectRef], *, deadline_s: float) -> float:
-        """Take new weights, or a new adapter; returns the wall seconds for which requests were held.
+    async def load_weights(
+        self, update: WeightsUpdate, payload: list[ray.ObjectRef], *, deadline_s: float
+    ) -> WeightsAnswer:
+        """Take new weights, or a new adapter. Fetched, decoded and checked while generation goes on.
+
+        What is damaged, forged, out of order or meant for others is refused, and the engine serves on as before.
 
         Raises:
-            WeightsError: the digest of what arrived differs from the learner's; the engine is unharmed.
+            WeightsError: the engine did not take weights that had arrived whole.
         """
-        engine = self._running_engine()
-        tensors = await payload[0]
-        if digest(tensors) != update.digest:
-            raise WeightsError(f"{self._actor_id}: version {update.version} arrived damaged (its digest differs)")
-        load = engine.load_adapter if update.is_adapter else engine.load_weights
+        engine, expires = self._running_engine(), time.monotonic() + deadline_s
         try:
-            return await load(update.version, tensors, deadline_s=deadline_s)
+            frames = await answer(
+                asyncio.gather(*payload), who=SENDER, asked=f"hand over version {update.version}", deadline_s=deadline_s
+            )
+        except RayError as error:  # they die with the process that put them
+            reason = f"version {update.version} from {SENDER} is lost: {type(error).__name__}"
+            return WeightsAnswer(engine.version, 0.0, refused=reason)
+        try:
+            times = await self._take(engine, update, frames, deadline_s=expires - time.monotonic())
+        except DeltaError as error:
+            return WeightsAnswer(engine.version, 0.0, refused=str(error))
         finally:
             if engine.broken:
                 exit_actor()
+        return WeightsAnswer(engine.version, times.held_s)
+
+    async def _take(self, engine: Engine, update: WeightsUpdate, frames: list[Any], *, deadline_s: float) -> Any:
+        if update.is_adapter:
+            adapter = await asyncio.to_thread(read_tensors, frames, update=update, sender=SENDER, key=self._weights_key)
+            return await engine.load_adapter(update.version, adapter, deadline_s=deadline_s)
+        receiver = self._receiver
+        assert receiver is not None
+        return await engine.update(
+            update.version,
+            lambda tensors: receiver.apply(frames, update=update, sender=SENDER),
+            deadline_s=deadline_s,
+            clear_cache=self._config.kv_cache_on_update == "recompute",
+        )
 
     async def stop(self) -> None:
         if self._engine is not None:

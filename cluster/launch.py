@@ -11,7 +11,6 @@ import threading
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +19,16 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.applications import delete_applications
-from actors.pool import RolloutPool, Worker
-from actors.prompts import PromptStream
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
-from cluster.leases import Lease, LeaseBook
 from cluster.loopback import LOOPBACK
 from cluster.progress import Progress
 from cluster.run_log import RunLog
-from contracts.clock import BusyClock
 from contracts.config import Config, ConfigError, RewardConfig
-from contracts.records import Prompt
-from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer
 from learner.checkpoint import Checkpoint
-from learner.experience_queue import ExperienceQueue, StalenessBound
 from learner.group import LearnerGroup, LearnerSettings
 from models import bundled
-
-
-@dataclass
-class Job:
-    """The parts of a running run. `version` is the published one, `choosing` the one the next batch trains at."""
-
-    config: Config
-    run_id: str
-    prompts: PromptStream
-    eval_prompts: list[Prompt]
-    pool: RolloutPool
-    learner: LearnerGroup
-    rewards: RewardComponents
-    judges: RewardComponents
-    reference: ReferenceModel
-    queue: ExperienceQueue
-    leases: LeaseBook
-    log: RunLog
-    progress: Progress
-    stopping: StopRequest
-    version: int = 0
-    choosing: int = 0
-    pending: list[Prompt] = field(default_factory=list)
-    scoring: BusyClock = field(default_factory=BusyClock)
-    bad_reasons: list[str] = field(default_factory=list)  # of what was quarantined since the last batch
-    expired_in_a_row: int = 0
-    dropped_in_a_row: int = 0
-    last_checkpoint: Checkpoint | None = None
-    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    @property
-    def bound(self) -> StalenessBound:
-        return self.leases.bound
-
-    @property
-    def more_wanted(self) -> bool:
-        """Whether the open groups do not yet fill all batches up to the last step."""
-        batches = self.config.steps - self.choosing
-        return self.leases.open_groups < batches * self.bound.groups_per_batch
-
-    async def notify(self) -> None:
-        """Something that lets waiting groups or a waiting learner go on has happened."""
-        async with self._changed:
-            self._changed.notify_all()
-        await self.queue.notify()
-
-    async def next_lease(self) -> tuple[Lease, Worker]:
-        """Wait until a worker has room and the staleness bound lets another group start there.
-
-        What unblocks it: a finished response, a batch taken by the learner, a published version, a new worker.
-        """
-        async with self._changed:
-            while True:
-                worker = self.pool.free(self.leases.num_samples)
-                if (
-                    worker
-                    and self.more_wanted
-                    and self.leases.may_start(worker.version, training_version=self.choosing)
-                ):
-                    prompt = self.pending.pop(0) if self.pending else self.prompts.next()
-                    return self.leases.issue(prompt, version=worker.version, actor_id=worker.actor_id), worker
-                await self._changed.wait()
-
-    async def another_worker(self, lease: Lease) -> tuple[Lease, Worker]:
-        """A lease whose worker died, issued again as soon as there is room elsewhere.
-
-        Not on weights older than it was admitted for: an engine that has yet to take them would break the bound.
-        """
-        async with self._changed:
-            while (worker := self.pool.free(lease.num_samples)) is None or worker.version < lease.started_version:
-                await self._changed.wait()
-        return self.leases.reissue(lease, version=worker.version, actor_id=worker.actor_id), worker
 
 
 def start_ray(config: Config, working_dir: Path) -> str:
@@ -189,7 +109,7 @@ def cpus_asked(config: Config) -> int:
 
 
 def learner_group(
-    config: Config, model_path: str, saved: Checkpoint | None, log: RunLog, progress: Progress
+    config: Config, model_path: str, saved: Checkpoint | None, log: RunLog, progress: Progress, *, weights_key: bytes
 ) -> LearnerGroup:
     """The learner, not started yet; `saved` is what it continues."""
     settings = LearnerSettings(
@@ -201,6 +121,10 @@ def learner_group(
         max_response_tokens=config.sampling.max_response_tokens,
         total_steps=config.steps,
         seed=config.seed,
+        mask_older_than=config.streaming.max_lag_steps if config.streaming.stale_tokens == "mask" else None,
+        weights=config.streaming.weights,
+        weights_dtype=config.model.dtype,
+        weights_key=weights_key,
     )
     return LearnerGroup(
         settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from contextlib import AsyncExitStack
 
 from transformers import AutoTokenizer
@@ -11,7 +12,7 @@ from actors.pool import RolloutPool
 from actors.prompts import PromptStream, render
 from cluster import launch, recover
 from cluster.doctor.software import versions
-from cluster.launch import Job
+from cluster.job import Job
 from cluster.leases import LeaseBook
 from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
@@ -51,6 +52,7 @@ async def prepare(
     await stack.enter_async_context(launch.cluster(config, run_id, progress))
     version = saved.step if saved else 0
     path, adapters = policy_to_start_from(config, base_path, saved)
+    key = secrets.token_bytes(32)  # who does not have it can send no weights
     pool = RolloutPool(
         config.model,
         config.rollout,
@@ -59,10 +61,12 @@ async def prepare(
         version=version,
         seed=config.seed,
         adapters=adapters,
+        weights_key=key,
     )
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
-    learner = launch.learner_group(config, base_path, saved, log, progress)
+    learner = launch.learner_group(config, base_path, saved, log, progress, weights_key=key)
+    pool.keyframes_from(learner.keyframe)
     progress.waiting("models to load")
     reference, parameters, _ = await asyncio.gather(
         launch.deploy_reference_model(config, base_path, run_id), learner.ready(), pool.start()
@@ -78,7 +82,9 @@ async def prepare(
     )
     progress.waiting("")
 
-    bound = StalenessBound(config.streaming.max_lag_steps, config.training.prompts_per_batch)
+    bound = StalenessBound(
+        config.streaming.max_lag_steps, config.training.prompts_per_batch, config.streaming.stale_tokens
+    )
     job = Job(
         config=config,
         run_id=run_id,
@@ -98,6 +104,7 @@ async def prepare(
         choosing=version,
     )
     pool.on_change = lambda event: worker_changed(job, event)
+    pool.on_update = lambda: look_again(job)
     if saved is not None:
         await recover.restore(job, saved, prompts)
     return job
@@ -118,6 +125,10 @@ def policy_to_start_from(
 def worker_changed(job: Job, event: str) -> None:
     """Show it, and let groups that wait for a worker look again."""
     job.progress.note(event)
+    look_again(job)
+
+
+def look_again(job: Job) -> None:
     asyncio.get_running_loop().create_task(job.notify())
 
 

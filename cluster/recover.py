@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 
 from actors.pool import WorkerLost
 from cluster.evaluate import Evaluation, from_record, record
-from cluster.launch import Job
+from cluster.job import Job
 from cluster.leases import Lease
 from cluster.run_log import write_json
-from contracts.records import SCHEMA_VERSION, Prompt, Rollout, ScoredRollout, experience_records, experience_table
+from contracts.records import SCHEMA_VERSION, Prompt, ScoredRollout, experience_records, experience_table
 from contracts.waiting import NoAnswer
 from learner import checkpoint as checkpoints
 from learner.experience_queue import ScoredGroup
@@ -49,19 +49,19 @@ async def lease_failed(job: Job, lease: Lease, errors: Sequence[BaseException]) 
         raise RuntimeError(f"{lease.group_id} lost its worker {lease.attempt} times; the last: {errors[0]}")
 
 
-async def quarantine(job: Job, lease: Lease, rollout: Rollout, *, reason: str) -> None:
-    """Keep a trajectory that could not be scored in quarantine.jsonl; the step goes on without it."""
+async def quarantine(job: Job, lease: Lease, trajectory_id: str, *, reason: str, response: str = "") -> None:
+    """Keep a trajectory that cannot be trained on in quarantine.jsonl; the step goes on without it."""
     job.leases.quarantine(lease)
     job.bad_reasons.append(reason)
     job.log.quarantine(
         step=job.version + 1,
-        trajectory_id=rollout.trajectory_id,
-        prompt_id=rollout.prompt_id,
+        trajectory_id=trajectory_id,
+        prompt_id=lease.prompt.prompt_id,
         reason=reason,
-        response=rollout.response_text,
+        response=response,
     )
     if len(job.bad_reasons) == 1:
-        job.progress.warn(f"quarantined {rollout.trajectory_id}: {reason}")
+        job.progress.warn(f"quarantined {trajectory_id}: {reason}")
     stop_if_too_many_bad(job, job.config.training.batch_size)
     await job.notify()
 

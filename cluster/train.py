@@ -5,24 +5,25 @@
     collect   prompts -> rollouts -> scores -> queue       as far ahead as the staleness bound allows
     learn     queue -> experience log -> one PPO update -> publish
 
-`publish` hands the new weights to every rollout engine. With `max_lag_steps: 0` the bound lets `collect` start
-nothing before the newest weights are out, which makes the same loop strictly on-policy.
+`publish` hands the new weights to the pool, which brings every rollout engine to them by itself while the next batch
+forms. With `max_lag_steps: 0` the bound lets `collect` start nothing but on the newest weights, which makes the same
+loop strictly on-policy.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
 from actors.rollout import RolloutRequest
 from cluster import recover
 from cluster.evaluate import compare, evaluate
-from cluster.launch import Job
+from cluster.job import Job
 from cluster.leases import Lease
 from cluster.metrics import StepClock, reward_metrics
 from cluster.preflight import Preflight
@@ -30,6 +31,7 @@ from cluster.prepare import prepare
 from cluster.progress import Progress
 from cluster.report import evaluation_table, write_report
 from cluster.run_log import write_json
+from contracts.clock import now
 from contracts.config import Config
 from contracts.records import ScoredRollout
 from contracts.seeds import derive_seed
@@ -103,7 +105,7 @@ async def collect_group(job: Job, lease: Lease, worker: Worker) -> None:
         await recover.lease_failed(job, lease, errors)
         if any(isinstance(error, NoAnswer) for error in errors):
             return
-        lease, worker = await job.another_worker(lease)
+        lease, worker = await job.another_worker(lease, len(errors))
     good = tuple(sample for sample in scored.values() if sample is not None)
     if good and job.config.algorithm.drop_equal_groups and rewards_equal(good):
         recover.drop(job, lease)
@@ -125,21 +127,24 @@ async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: 
         temperature=job.config.sampling.temperature,
         seed=derive_seed(job.config.seed, trajectory_id),
     )
-    rollout = await job.pool.generate(worker, request, deadline_s=job.config.deadlines.lease_s)
+    try:
+        rollout = await job.pool.generate(worker, request, deadline_s=job.config.deadlines.lease_s)
+    except BadRollout as bad:
+        await recover.quarantine(job, lease, trajectory_id, reason=str(bad))
+        return None
     await job.notify()
     try:
         with job.scoring:
             (reward, components, version), reference = await asyncio.gather(
-                job.rewards.score(lease.prompt, rollout.response_text),
-                job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
+                job.rewards.score(lease.prompt, rollout.response_text), job.reference_logprobs(rollout)
             )
     except BadSample as bad:
-        await recover.quarantine(job, lease, rollout, reason=str(bad))
+        await recover.quarantine(job, lease, trajectory_id, reason=str(bad), response=rollout.response_text)
         return None
     sample = ScoredRollout(rollout, reward, components, version, reference)
     problem = problem_of(sample, token_budget=job.config.training.micro_batch_tokens)
     if problem is not None:
-        await recover.quarantine(job, lease, rollout, reason=problem)
+        await recover.quarantine(job, lease, trajectory_id, reason=problem, response=rollout.response_text)
         return None
     return sample
 
@@ -161,7 +166,7 @@ async def learn(job: Job, clock: StepClock) -> None:
     trained = await recover.train(job, samples)
     clock.learned()
     sent = await publish(job, job.version + 1)
-    row = clock.row(samples) | reward_metrics(samples) | trained | sent
+    row = clock.row(samples) | reward_metrics(samples) | trained | sent | job.pool.take_delivery_costs()
     job.log.metrics(row)
     job.progress.step(row)
     if job.version % job.config.checkpoint.every_steps == 0:
@@ -187,18 +192,17 @@ async def next_batch(job: Job) -> list[ScoredGroup] | None:
 
 
 async def publish(job: Job, version: int) -> dict[str, Any]:
-    """Weights of `version` to every rollout engine; groups may start at it as soon as one has it."""
-    began = time.monotonic()
-    job.progress.waiting(f"engines to take version {version}")
+    """Weights of `version` out to the rollout engines; groups may start at it as soon as one has it."""
+    began = now()
+    job.progress.waiting(f"the learner to publish version {version}")
     update, payload = await job.learner.publish(version)
-    paused_s = await job.pool.load_weights(update, payload)
+    job.pool.publish(update, payload)
     job.version = job.choosing = version
     await job.notify()
     return {
         "broadcast_bytes": update.num_bytes,
         "broadcast_bytes_dense": update.dense_bytes,
-        "generation_paused_s": paused_s,
-        "publish_s": time.monotonic() - began,
+        "publish_s": now() - began,
     }
 
 

@@ -73,6 +73,11 @@ class RolloutConfig(WorkerConfig):
     max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
+    kv_cache_on_update: Literal["recompute", "keep"] = Field(
+        default="recompute",
+        description="when new weights arrive in the middle of responses: recompute their cached states, or keep the "
+        "old ones, which costs nothing and mixes versions within a response",
+    )
 
 
 class LearnerConfig(WorkerConfig):
@@ -172,11 +177,19 @@ class StreamingConfig(Section):
 
     max_lag_steps: NonNegativeInt = 0
     queue_samples: PositiveInt | None = Field(default=None, description="default: (max_lag_steps + 1) * batch_size")
+    stale_tokens: Literal["expire", "mask"] = Field(
+        default="expire",
+        description="a response too long for the bound is expired and issued again, or goes on under new weights "
+        "while its tokens older than max_lag_steps are left out of the loss",
+    )
     queue_bytes: PositiveInt = Field(default=1 << 30, description="bound of the queue in bytes")
     max_bad_fraction: Fraction = Field(
         default=0.25, description="quarantined share of a batch above which the run stops"
     )
     max_attempts: PositiveInt = Field(default=3, description="how often a lease is issued again before the run stops")
+    weights: Literal["delta", "dense"] = Field(
+        default="delta", description="what engines are sent: what changed, or all weights each time"
+    )
 
 
 class DeadlinesConfig(Section):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from actors.pool import RolloutPool
 from actors.rollout import RolloutRequest
 from contracts.config import Config
-from learner.publish import publish
+from learner.publish import Publisher
 from tests.conftest import RunCoroutine
 
 PROMPT = [1, 40, 7, 99, 150, 30, 31, 201]
@@ -31,9 +31,17 @@ def request(name: str, *, max_tokens: int = 200, temperature: float = 1.0, seed:
     )
 
 
-def published(folder: Path, version: int) -> Any:
-    """The weights of a model folder as the learner publishes them: (update, payload)."""
-    return publish(load_file(folder / "model.safetensors"), version=version)
+def published(
+    folder: Path, version: int, *, base: Path | None = None, base_version: int = 0, key: bytes | None = None
+) -> Any:
+    """The weights of a model folder as the learner publishes them: (update, payload).
+
+    Complete in themselves, or as what changed since those of `base`.
+    """
+    publisher = Publisher(key=key)
+    if base is not None:
+        publisher.seed(load_file(base / "model.safetensors").items(), version=base_version)
+    return publisher.publish(load_file(folder / "model.safetensors").items(), version=version)
 
 
 @contextmanager

@@ -41,11 +41,21 @@ def pool(
     with running_pool(tiny_config, run, max_deaths_in_a_row=2) as pool:
         pool.on_change = events.append
 
-        async def publish() -> float:
-            return await pool.load_weights(*published(newest_model, 5))
+        update, payload = published(newest_model, 5)
 
-        assert run(publish()) > 0
+        async def keyframe() -> Any:
+            return update, payload
+
+        async def publish() -> None:
+            updated = asyncio.Event()
+            pool.on_update = updated.set
+            pool.keyframes_from(keyframe)
+            pool.publish(update, payload)
+            await asyncio.wait_for(updated.wait(), 60)
+
+        run(publish())
         assert [worker.version for worker in pool.workers] == [5]
+        assert pool.take_delivery_costs()["generation_paused_s"] > 0
         yield pool
 
 
