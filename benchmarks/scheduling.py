@@ -1,0 +1,254 @@
+"""The scheduling by itself: simulated throughput against its bounds, and how fast the driver decides.
+
+    python -m benchmarks.scheduling throughput      # 1 to 4,096 simulated actors against the ideal
+    python -m benchmarks.scheduling control-plane   # trajectories a second through the real driver, engines that
+                                                    # answer at once: in this process, then in 1 and 2 Ray actors
+    python -m benchmarks.scheduling memory          # of driver and queue, over a long simulated run
+
+No model is loaded. Scoring is left out of the control plane's time: rewards come at once. Prints Markdown tables.
+"""
+
+# ruff: noqa: E402  Ray reads its environment when it is imported
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import gc
+import os
+import pstats
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.loopback import stay_on_loopback
+
+stay_on_loopback()
+
+import ray
+
+from actors.rollout import RolloutRequest
+from cluster.run_log import RunLog
+from cluster.simulate import Cluster, SimulatedPool, SimulatedWorker, Simulation, VirtualTime, Workload, ideal, simulate
+from contracts.records import Rollout
+from contracts.waiting import answer
+
+INSTANT = Cluster(
+    slots=256,
+    response_s=0.0,
+    learn_s=0.0,
+    publish_s=0.0,
+    weights_bytes=0.0,
+    latency_s=0.0,
+    apply_s=0.0,
+    score_s=0.0,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    sweep = commands.add_parser("throughput", help="simulated throughput against the ideal")
+    sweep.add_argument("--actors", type=int, nargs="+", default=[1, 4, 16, 64, 256, 512, 640, 1024, 4096])
+    sweep.add_argument("--slots", type=int, default=8)
+    sweep.add_argument("--batch-size", type=int, default=2048)
+    sweep.add_argument("--group-size", type=int, default=8)
+    sweep.add_argument("--max-lag-steps", type=int, default=2)
+    sweep.add_argument("--steps", type=int, default=14)
+    sweep.set_defaults(run=throughput)
+    speed = commands.add_parser("control-plane", help="trajectories a second of the driver")
+    speed.add_argument("--steps", type=int, default=20)
+    speed.add_argument("--batch-size", type=int, default=512)
+    speed.add_argument("--group-size", type=int, default=8)
+    speed.add_argument("--prompt-tokens", type=int, default=64)
+    speed.add_argument("--response-tokens", type=int, default=128)
+    speed.add_argument("--ray-actors", type=int, nargs="*", default=[1, 2])
+    speed.add_argument("--profile", type=int, default=0, metavar="N", help="print the N functions that cost the most")
+    speed.set_defaults(run=control_plane)
+    long = commands.add_parser("memory", help="resident memory over a long simulated run")
+    long.add_argument("--steps", type=int, default=2000)
+    long.add_argument("--marks", type=int, default=8)
+    long.set_defaults(run=memory)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    """One learner, ever more actors: what limits changes from generation to learning or staleness."""
+    print("| actors | samples/s | ideal | share | limit | slots occupied | learner busy | real s | peak MiB |")
+    print("| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    for actors in arguments.actors:
+        cluster = Cluster(actors=actors, slots=arguments.slots, response_s=20.0, learn_s=8.0, publish_s=0.5)
+        work = Workload(
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            group_size=arguments.group_size,
+            max_lag_steps=arguments.max_lag_steps,
+        )
+        begun = time.perf_counter()
+        result, best = simulate(cluster, work), ideal(cluster, work)
+        print(
+            f"| {actors} | {result.samples_per_s:.2f} | {best.samples_per_s:.2f} "
+            f"| {result.samples_per_s / best.samples_per_s:.1%} | {best.limit} "
+            f"| {result.occupied_slots_fraction:.1%} | {result.learner_busy_fraction:.1%} "
+            f"| {time.perf_counter() - begun:.0f} | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} |",
+            flush=True,
+        )
+
+
+class InstantPool(SimulatedPool):
+    """Engines in this process that answer in the next turn of the event loop."""
+
+    def __init__(self, *args: Any, answered: Callable[[RolloutRequest, int], Rollout], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._answered = answered
+
+    async def generate(self, worker: SimulatedWorker, request: RolloutRequest, *, deadline_s: float) -> Rollout:
+        try:
+            with worker.busy, self.busy:
+                await asyncio.sleep(0)
+                return self._answered(request, worker.version)
+        finally:
+            self._roster.release(worker)
+
+
+@ray.remote
+class InstantActor:
+    """A rollout actor whose engine takes no time."""
+
+    def __init__(self, response_tokens: int) -> None:
+        self._response_tokens = response_tokens
+
+    async def generate(self, request: RolloutRequest, version: int) -> Rollout:
+        return response(request, version, self._response_tokens)
+
+
+class RayPool(SimulatedPool):
+    """The same behind Ray calls."""
+
+    def __init__(self, *args: Any, handles: list[Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._handles = handles
+
+    async def generate(self, worker: SimulatedWorker, request: RolloutRequest, *, deadline_s: float) -> Rollout:
+        handle = self._handles[int(worker.actor_id.removeprefix("rollout-"))]
+        try:
+            with worker.busy, self.busy:
+                ref = handle.generate.remote(request, worker.version)
+                return await answer(ref, who=worker.actor_id, asked="finish a response", deadline_s=deadline_s)
+        finally:
+            self._roster.release(worker)
+
+
+def response(request: RolloutRequest, version: int, num_tokens: int) -> Rollout:
+    return Rollout(
+        trajectory_id=request.trajectory_id,
+        prompt_id=request.prompt_id,
+        group_id=request.group_id,
+        prompt_tokens=request.prompt_tokens,
+        response_tokens=list(range(num_tokens)),
+        response_text="x" * 4 * num_tokens,
+        behavior_logprobs=[-1.0] * num_tokens,
+        weights_versions=[version] * num_tokens,
+        finish_reason="stop",
+        actor_id="instant",
+    )
+
+
+def control_plane(arguments: argparse.Namespace) -> None:
+    """The real coroutines and files of a run in real time; only models are missing."""
+    num_tokens = arguments.response_tokens
+    print("| engines | trajectories/s |")
+    print("| --- | ---: |")
+    in_process = {"answered": lambda request, version: response(request, version, num_tokens)}
+    profile = cProfile.Profile() if arguments.profile else None
+    rate = asyncio.run(drive(arguments, InstantPool, 1, in_process, profile))
+    print(f"| in this process | {rate:.0f} |", flush=True)
+    if arguments.ray_actors:
+        ray.init(address="local", num_cpus=max(arguments.ray_actors), include_dashboard=False, log_to_driver=False)
+        try:
+            for number in arguments.ray_actors:
+                handles = [InstantActor.remote(num_tokens) for _ in range(number)]  # type: ignore[attr-defined]
+                for handle in handles:
+                    ray.get(handle.generate.remote(RolloutRequest("t", "p", "g", [1], 1, 1.0, 0), 0), timeout=60)
+                rate = asyncio.run(drive(arguments, RayPool, number, {"handles": handles}, None))
+                print(f"| {number} Ray actor(s) | {rate:.0f} |", flush=True)
+                for handle in handles:
+                    ray.kill(handle)
+        finally:
+            ray.shutdown()
+    if profile is not None:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(arguments.profile)
+
+
+async def drive(
+    arguments: argparse.Namespace,
+    pool: type[SimulatedPool],
+    num_workers: int,
+    options: dict[str, Any],
+    profile: cProfile.Profile | None,
+) -> float:
+    """Trajectories a second, from the first request to the last step's row."""
+    work = Workload(
+        steps=arguments.steps, batch_size=arguments.batch_size, group_size=arguments.group_size, max_lag_steps=2
+    )
+    cluster = replace(INSTANT, actors=num_workers)
+    with tempfile.TemporaryDirectory() as folder:
+        async with asyncio.TaskGroup() as tasks:
+            simulation = Simulation(cluster, work, tasks, Path(folder), prompt_tokens=arguments.prompt_tokens)
+            job: Any = simulation.job
+            job.pool = simulation.pool = pool(cluster, tasks, seed=0, version=0, **options)
+            simulation.pool.on_change = lambda event: job.notify()
+            job.log = RunLog(Path(folder), resume_step=None, tensorboard=False)
+            begun = time.perf_counter()
+            if profile is not None:
+                profile.enable()
+            await simulation.run()
+            if profile is not None:
+                profile.disable()
+            seconds = time.perf_counter() - begun
+            job.log.close()
+    return arguments.steps * arguments.batch_size / seconds
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Deaths, stragglers and expired leases included: whatever is kept for each of them would show."""
+    cluster = Cluster(actors=16, slots=16, straggler_fraction=0.02, death_every_s=5000.0, learn_s=5.0)
+    work = Workload(steps=arguments.steps, batch_size=128, max_lag_steps=2, lease_s=150.0, bad_fraction=0.01)
+    every = max(1, arguments.steps // arguments.marks)
+    print("| step | resident MiB | queue ids remembered | expired so far |")
+    print("| ---: | ---: | ---: | ---: |")
+
+    async def to_the_end() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            async with asyncio.TaskGroup() as tasks:
+                simulation = Simulation(cluster, work, tasks, Path(folder))
+                job, measure = simulation.job, simulation.log.after_step
+
+                def mark(row: Any) -> None:
+                    measure(row)
+                    if row["step"] % every == 0:
+                        gc.collect()
+                        remembered = len(job.queue._accepted)
+                        print(f"| {row['step']} | {resident_mib():.1f} | {remembered} | {job.leases.counts.expired} |")
+
+                simulation.log.after_step = mark
+                await simulation.run()
+
+    with asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(to_the_end())
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()
