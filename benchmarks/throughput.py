@@ -24,7 +24,7 @@ PARTS = {
     "generate_s": "generating (any engine busy)",
     "score_s": "scoring (any response being scored)",
     "learn_s": "learning (forward, backward, optimizer)",
-    "publish_s": "broadcasting (weights out, engines updated)",
+    "publish_s": "publishing (weights gathered, encoded, handed over)",
     "wait_s": "learner waiting for a batch",
     "generation_paused_s": "requests held for new weights",
 }

@@ -6,6 +6,7 @@ A run takes half a minute to start, so each serves several tests; the fixtures s
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -240,6 +241,23 @@ def test_the_reward_rises(finished: Finished) -> None:
     assert metric["difference"]["low"] > 0
     assert evaluation["num_prompts"] == 16
     assert (evaluation["weights_version_before"], evaluation["weights_version_after"]) == (0, STEPS)
+
+
+def test_the_documented_way_through_the_experience_log_works(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python of docs/run-directory.md, on this run."""
+    page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks).replace("runs/quickstart", str(finished.run_dir))
+    exec(compile(code, "run-directory.md", "exec"), {})
+    said = capsys.readouterr().out
+    best = max(row["reward"] for batch in experience(finished.run_dir).values() for row in batch)
+    assert f"reward {best} of" in said
+    assert re.search(r"prompt \S+ in group g\d+ sampled by rollout-\d+\ntoken by token: \[\(\d+, \d+, -", said)
+    assert re.search(r"trained in step \d+ with \d+ others", said)
+    assert re.search(r"[1-9]\d*\.\d\d% of the values of model", said)
 
 
 def test_a_raising_reward_function_sends_the_sample_to_quarantine(finished: Finished) -> None:
