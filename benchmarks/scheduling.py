@@ -33,7 +33,9 @@ import ray
 
 from actors.rollout import RolloutRequest
 from cluster.run_log import RunLog
-from cluster.simulate import Cluster, SimulatedPool, SimulatedWorker, Simulation, VirtualTime, Workload, ideal, simulate
+from cluster.simulate import Simulation, ideal, simulate
+from cluster.simulated import Cluster, SimulatedPool, SimulatedWorker, Workload
+from cluster.virtual_time import VirtualTime
 from contracts.records import Rollout
 from contracts.waiting import answer
 

@@ -8,8 +8,9 @@
 `wire` trains PPO (critic, sentiment as the reward) and reads the bytes of each broadcast from the run's metrics.
 `overlap` gives engine and learner one core each (Linux) and compares max_lag_steps 1 with 0: the share of the shorter
 of generating and learning that the longer one hides is (T_generate + T_learn - T_step) / min(T_generate, T_learn),
-T_generate and T_learn measured where nothing overlaps, T_learn with the publication. `curves` trains both lags on the
-same prompts. `readers` puts the model's weights once and reads them from 1 to 8 actors. Prints Markdown.
+T_generate and T_learn measured where nothing overlaps, T_learn with the publication. It also asks the simulator for
+both throughputs, given the seconds measured at max_lag_steps 0. `curves` trains both lags on the same prompts.
+`readers` puts the model's weights once and reads them from 1 to 8 actors. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cluster.doctor.software import versions
 
 MODEL = "bundled:smollm2-135m-instruct"
 PROMPTS = "examples/prompts/chitchat.jsonl"
+BATCH, GROUP, NEW_TOKENS = 32, 4, 48  # of `overlap`
 PINNED = {"ray::LearnerRank": 0, "VLLM::EngineCor": 1}  # process title -> core
 READERS = (1, 2, 4, 8)
 
@@ -85,11 +87,11 @@ def overlap(arguments: argparse.Namespace) -> None:
         lag: train(
             steps,
             while_running=pin,
-            sampling={"max_response_tokens": 48},
-            rollout={"threads": 1},
+            sampling={"max_response_tokens": NEW_TOKENS},
+            rollout={"threads": 1, "max_concurrent": BATCH},
             learner={"threads": 1},
             algorithm={"name": "grpo", "kl_coef": 0, "monitor_kl": False},
-            training={"batch_size": 32, "samples_per_prompt": 4, "epochs": 1, "minibatches": 1},
+            training={"batch_size": BATCH, "samples_per_prompt": GROUP, "epochs": 1, "minibatches": 1},
             streaming={"max_lag_steps": lag},
         )[1:]
         for lag in (0, 1)
@@ -111,6 +113,33 @@ def overlap(arguments: argparse.Namespace) -> None:
     )
     faster = middle(found[1], "samples_per_s") / middle(found[0], "samples_per_s")
     print(f"samples per second of max_lag_steps 1 over 0: {faster:.2f}")
+    simulated = {lag: predicted(found[0], lag) for lag in found}
+    rates = ", ".join(f"{rate:.2f} with max_lag_steps {lag}" for lag, rate in simulated.items())
+    print(f"\nThe simulator, from the seconds at max_lag_steps 0: {rates}")
+
+
+def predicted(rows: Rows, lag: int) -> float:
+    """Samples a second of a simulated engine and learner that take the seconds of a real on-policy run.
+
+    An engine's step takes as long as the longest response's share of it, and a response as long as its tokens.
+    """
+    from cluster.simulate import simulate
+    from cluster.simulated import Cluster, Workload
+
+    share = middle(rows, "response_tokens_mean") / NEW_TOKENS
+    cluster = Cluster(
+        actors=1,
+        slots=BATCH,
+        response_s=middle(rows, "generate_s") * share,
+        response_spread=1 / share - 1,
+        learn_s=middle(rows, "learn_s"),
+        publish_s=middle(rows, "publish_s"),
+        weights_bytes=0.0,
+        apply_s=middle(rows, "generation_paused_s"),
+        score_s=0.0,
+    )
+    work = Workload(steps=40, batch_size=BATCH, group_size=GROUP, max_lag_steps=lag)
+    return simulate(cluster, work).samples_per_s
 
 
 def curves(arguments: argparse.Namespace) -> None:

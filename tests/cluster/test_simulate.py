@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from cluster import simulate as module
-from cluster.simulate import Cluster, Workload, ideal, simulate
+from cluster.simulate import ideal, simulate
+from cluster.simulated import Cluster, Workload
 
 # 2 actors of 8 slots, 10 s a response exactly, and nothing else takes time but 5 s of learning.
 PLAIN = Cluster(
@@ -146,3 +147,21 @@ def test_the_command_prints_a_table(monkeypatch, capsys):
     module.main()
     table = capsys.readouterr().out
     assert "| trajectories | 48 issued, 48 trained, 0 quarantined, 0 expired, 0 dropped, 0 open |" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--actors", "0"], "actors is 0, allowed is at least 1"),
+        (["--learn-s", "-1"], "learn_s is -1.0, allowed is at least 0"),
+        (["--group-size", "0"], "training.samples_per_prompt: "),
+        (["--batch-size", "12", "--group-size", "8"], "batch_size 12 is not divisible by samples_per_prompt 8"),
+        (["--actors", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_impossible_parameters_are_one_line_and_status_2(arguments, reason, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["simulate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]

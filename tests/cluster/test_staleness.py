@@ -15,7 +15,9 @@ import pytest
 
 from cluster import recover, train
 from cluster.leases import LeaseBook
-from cluster.simulate import Cluster, Simulation, VirtualTime, Workload
+from cluster.simulate import Simulation
+from cluster.simulated import Cluster, Workload
+from cluster.virtual_time import VirtualTime
 from contracts.waiting import NoAnswer
 from learner.experience_queue import StalenessBound
 
