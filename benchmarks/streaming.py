@@ -6,10 +6,10 @@
     python -m benchmarks.streaming readers
 
 `wire` trains PPO (critic, sentiment as the reward) and reads the bytes of each broadcast from the run's metrics.
-`overlap` gives engine and learner one core each (Linux) and compares max_lag_steps 1 with 0: the share of the shorter
-of generating and learning that the longer one hides is (T_generate + T_learn - T_step) / min(T_generate, T_learn),
-T_generate and T_learn measured where nothing overlaps, T_learn with the publication. It also asks the simulator for
-both throughputs, given the seconds measured at max_lag_steps 0. `curves` trains both lags on the same prompts.
+`overlap` gives the learner a core and the engine the other (Linux) and compares max_lag_steps 1 with 0: the share of
+the shorter of generating and learning that the longer one hides is (T_generate + T_learn - T_step) / min(T_generate,
+T_learn), both measured where nothing overlaps, T_learn with the publication. It also asks the simulator for both
+throughputs, given the seconds measured at max_lag_steps 0. `curves` trains both lags on the same prompts.
 `readers` puts the model's weights once and reads them from 1 to 8 actors. Prints Markdown.
 """
 
@@ -36,7 +36,7 @@ from cluster.doctor.software import versions
 MODEL = "bundled:smollm2-135m-instruct"
 PROMPTS = "examples/prompts/chitchat.jsonl"
 BATCH, GROUP, NEW_TOKENS = 32, 4, 48  # of `overlap`
-PINNED = {"ray::LearnerRank": 0, "VLLM::EngineCor": 1}  # process title -> core
+LEARNER = "ray::LearnerRank"  # process title
 READERS = (1, 2, 4, 8)
 
 Rows = list[dict[str, Any]]
@@ -66,7 +66,7 @@ def wire(arguments: argparse.Namespace) -> None:
             arguments.steps or 100,
             sampling={"max_response_tokens": 16},
             training={
-                "batch_size": 16,
+                "batch_size": 8,
                 "epochs": epochs,
                 "minibatches": updates // epochs,
                 "learning_rate": rate,
@@ -249,15 +249,14 @@ def train(steps: int, *, while_running: Callable[[], None] | None = None, seed: 
 
 
 def pin() -> None:
-    """Give learner and engine a core each; called again and again, because threads come and go."""
+    """The learner alone on core 0, the engine and the little that all others do on core 1; called again and again,
+    because threads come and go."""
     for process in psutil.Process().children(recursive=True):
         try:
-            name = Path(f"/proc/{process.pid}/comm").read_text(encoding="utf-8").strip()
-            title = (Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]).decode(errors="replace")
-            for prefix, core in PINNED.items():
-                if name.startswith(prefix[:15]) or title.startswith(prefix):
-                    for thread in process.threads():
-                        os.sched_setaffinity(thread.id, {core})
+            title = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
+            core = 0 if title.startswith(LEARNER) else 1
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core})
         except (OSError, psutil.NoSuchProcess):
             continue
 
