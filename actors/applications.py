@@ -11,11 +11,12 @@ import time
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from contracts.waiting import NoAnswer, answer
 
 _POLL_S = 0.2
+_STATUS_S = 5.0  # after the deadline: for what Serve was doing meanwhile, which the error says
 
 
 async def run_application(app: serve.Application, name: str, *, start_s: float) -> DeploymentHandle:
@@ -30,9 +31,10 @@ async def run_application(app: serve.Application, name: str, *, start_s: float) 
     deploy = asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
     await answer(deploy, who="Ray Serve", asked=f"deploy {name}", deadline_s=start_s)
     while True:
-        status = (await asyncio.to_thread(serve.status)).applications[name]
+        status = (await _applications(expires - time.monotonic() + _STATUS_S))[name]
         if status.status == ApplicationStatus.RUNNING:
-            return serve.get_app_handle(name)
+            handle = asyncio.to_thread(serve.get_app_handle, name)
+            return await answer(handle, who="Ray Serve", asked=f"give a handle of {name}", deadline_s=start_s)
         details = "; ".join(f"{key}: {value.message}" for key, value in status.deployments.items() if value.message)
         if status.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise RuntimeError(f"Serve application {name} failed to start: {details or status.message}")
@@ -43,7 +45,12 @@ async def run_application(app: serve.Application, name: str, *, start_s: float) 
 
 async def delete_applications(prefix: str, *, deadline_s: float) -> None:
     """Delete every application whose name begins with `prefix`."""
-    names = [name for name in (await asyncio.to_thread(serve.status)).applications if name.startswith(prefix)]
+    names = [name for name in await _applications(deadline_s) if name.startswith(prefix)]
     for name in names:
         delete = asyncio.to_thread(serve.delete, name)
         await answer(delete, who="Ray Serve", asked=f"delete {name}", deadline_s=deadline_s)
+
+
+async def _applications(deadline_s: float) -> dict[str, ApplicationStatusOverview]:
+    status = asyncio.to_thread(serve.status)
+    return (await answer(status, who="Ray Serve", asked="list its applications", deadline_s=deadline_s)).applications

@@ -144,14 +144,14 @@ class RewardHandle:
 
     async def score(self, request: ScoreRequest, *, deadline_s: float) -> Score:
         """One score. A request whose replica died is sent again once: replicas hold no state."""
-        who = f"reward component {self.config.name}"
         try:
-            return await answer(self._ask(request), who=who, asked="score a response", deadline_s=deadline_s)
+            return await self._ask(request, deadline_s)
         except RayActorError:
-            return await answer(self._ask(request), who=who, asked="score a response", deadline_s=deadline_s)
+            return await self._ask(request, deadline_s)
 
-    async def _ask(self, request: ScoreRequest) -> Score:
-        score: Score = await self.handle.score.remote(request)
+    async def _ask(self, request: ScoreRequest, deadline_s: float) -> Score:
+        who, asked = f"reward component {self.config.name}", "score a response"
+        score: Score = await answer(self.handle.score.remote(request), who=who, asked=asked, deadline_s=deadline_s)
         return score
 
 

@@ -25,7 +25,7 @@ from cluster.loopback import LOOPBACK
 from cluster.progress import Progress
 from cluster.run_log import RunLog
 from contracts.config import Config, ConfigError, RewardConfig
-from contracts.waiting import NoAnswer
+from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
 from learner.group import LearnerGroup, LearnerSettings
 from models import bundled
@@ -179,7 +179,8 @@ def new_run_id() -> str:
 async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncIterator[None]:
     """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them."""
     progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
-    dashboard = await asyncio.to_thread(start_ray, config, Path.cwd())
+    start, where = asyncio.to_thread(start_ray, config, Path.cwd()), config.ray.address or "on this machine"
+    dashboard = await answer(start, who=f"Ray {where}", asked="start or connect", deadline_s=config.deadlines.start_s)
     take_sigterm_back()
     if dashboard:
         progress.note(f"Ray dashboard: {dashboard}")
@@ -191,4 +192,8 @@ async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncItera
                 await delete_applications(run_id, deadline_s=config.deadlines.stop_s)
             except (NoAnswer, RayActorError, RayTaskError) as error:
                 print(f"Serve applications {run_id}-* may be left: {error}", file=sys.stderr)
-        await asyncio.to_thread(ray.shutdown)
+        try:
+            stop = asyncio.to_thread(ray.shutdown)
+            await answer(stop, who=f"Ray {where}", asked="shut down", deadline_s=config.deadlines.stop_s)
+        except NoAnswer as error:
+            print(f"processes of Ray may be left: {error}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Waits end and say who did not answer; busy time counts overlaps once."""
 
 import asyncio
+import re
+import time
 
 import pytest
 
@@ -19,8 +21,23 @@ async def test_an_answer_in_time_is_passed_on():
 async def test_no_answer_names_who_what_and_the_deadline():
     with pytest.raises(NoAnswer) as raised:
         await answer(asyncio.Event().wait(), who="rollout actor r3", asked="take weights version 9", deadline_s=0.01)
-    assert str(raised.value) == "rollout actor r3 did not answer within 0.01 s, asked to take weights version 9"
+    said = r"rollout actor r3 did not answer within 0\.01 s, asked \d+\.\d s ago to take weights version 9"
+    assert re.fullmatch(said, str(raised.value))
     assert isinstance(raised.value, TimeoutError)
+
+
+async def test_no_answer_names_the_node_and_the_seconds_that_really_passed():
+    async def stops_the_loop():
+        time.sleep(0.2)  # noqa: ASYNC251 as a process that was stopped
+        await asyncio.Event().wait()
+
+    with pytest.raises(NoAnswer) as raised:
+        await answer(stops_the_loop(), who="r3", asked="x", deadline_s=0.01, node="10.0.0.7")
+    said = re.fullmatch(
+        r"r3 on node 10\.0\.0\.7 did not answer within 0\.01 s, asked (\d+\.\d) s ago to x", str(raised.value)
+    )
+    assert said
+    assert float(said[1]) >= 0.2
 
 
 async def test_what_did_not_answer_is_cancelled():
