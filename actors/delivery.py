@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import ray
 
+from contracts.events import Event
 from contracts.records import WeightsUpdate
 from contracts.waiting import answer
 
@@ -38,6 +39,7 @@ class Receiver(Protocol):
     actor_id: str
     handle: Any
     version: int
+    node: str
 
 
 class Delivery:
@@ -52,7 +54,7 @@ class Delivery:
         self._keyframe_bytes = 0
         # Who makes keyframes of the last published version: the learner, once it is up.
         self.ask_keyframe: Callable[[], Awaitable[Published]] | None = None
-        self.on_refusal: Callable[[str], None] = lambda event: None
+        self.on_event: Callable[[Event], None] = lambda event: None  # weights taken, or refused
 
     def publish(self, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> None:
         """What `bring_up_to_date` delivers from now on."""
@@ -78,6 +80,7 @@ class Delivery:
                 who=f"rollout actor {worker.actor_id}",
                 asked=f"take weights version {update.version}",
                 deadline_s=self._deadline_s,
+                node=worker.node,
             )
             self._keyframe_bytes += update.num_bytes * keyframe
             self._held_s = max(self._held_s, said.held_s)
@@ -85,7 +88,11 @@ class Delivery:
             if refused:
                 if update.base_version is None:
                     raise WeightsRefused(f"{worker.actor_id} refused complete weights: {said.refused}")
-                self.on_refusal(f"{worker.actor_id} is sent a keyframe, it refused a delta: {said.refused}")
+                self.on_event(Event("refusal", worker.actor_id, said.refused, "is sent a keyframe"))
+            else:
+                sent = f"{'keyframe' if update.is_keyframe else 'delta'} of {update.num_bytes} bytes"
+                consequence = f"serves version {worker.version}, held requests for {said.held_s:.2f} s"
+                self.on_event(Event("rollover", worker.actor_id, sent, consequence))
 
     def take_costs(self) -> dict[str, float]:
         """Since the last call: the longest time that one engine held requests, and bytes of keyframes delivered."""

@@ -23,6 +23,7 @@ from actors.rollout import RolloutActor, RolloutRequest
 from actors.roster import Roster
 from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
+from contracts.events import Event, first_line
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from models.engine_adapters import AdapterSettings
@@ -45,6 +46,7 @@ class Worker:
     actor_id: str
     handle: Any
     version: int
+    node: str = ""
     update: asyncio.Task[None] | None = None
     busy: BusyClock = field(default_factory=BusyClock)
     since: float = field(default_factory=now)
@@ -76,10 +78,10 @@ class RolloutPool:
         self._adapters = adapters
         self._weights_key = weights_key
         self._max_deaths_in_a_row = max_deaths_in_a_row
-        self.on_change: Callable[[str], None] = lambda event: None
+        self.on_change: Callable[[Event], None] = lambda event: None
         self.on_update: Callable[[], None] = lambda: None  # a worker serves a newer version
         self._delivery = Delivery(deadline_s=deadlines.weights_s)
-        self._delivery.on_refusal = lambda event: self.on_change(event)
+        self._delivery.on_event = lambda event: self.on_change(event)
         self._roster: Roster[Worker] = Roster(config.max_concurrent)
         self._starting: set[asyncio.Task[None]] = set()
         self._started = 0
@@ -126,9 +128,8 @@ class RolloutPool:
             with worker.busy, self.busy:
                 ref = worker.handle.generate.remote(request)
                 try:
-                    rollout: Rollout = await answer(
-                        ref, who=f"rollout actor {worker.actor_id}", asked="finish a response", deadline_s=deadline_s
-                    )
+                    who, asked = f"rollout actor {worker.actor_id}", f"finish response {request.trajectory_id}"
+                    rollout: Rollout = await answer(ref, who=who, asked=asked, deadline_s=deadline_s, node=worker.node)
                 except (NoAnswer, asyncio.CancelledError):
                     ray.cancel(ref)
                     raise
@@ -190,7 +191,7 @@ class RolloutPool:
             self._roster.remove(worker)
         await asyncio.gather(*(self._stop_worker(worker) for worker in workers))
 
-    async def _start_worker(self) -> None:
+    async def _start_worker(self, *, instead_of: str = "") -> None:
         actor_id = f"rollout-{self._started}"
         self._started += 1
         handle = RolloutActor.options(  # type: ignore[attr-defined]
@@ -205,20 +206,26 @@ class RolloutPool:
             weights_key=self._weights_key,
         )
         try:
-            version = await answer(
+            version, node = await answer(
                 handle.start.remote(seed=self._seed),
                 who=f"rollout actor {actor_id}",
                 asked="start its engine",
                 deadline_s=self._deadlines.start_s,
             )
-            worker = Worker(actor_id, handle, version)
+            worker = Worker(actor_id, handle, version, node)
             # Newest weights first: a fresh engine must never serve its initial ones as if they were current.
             await self._delivery.bring_up_to_date(worker)
-        except BaseException:
+        except BaseException as error:
             ray.kill(handle)
+            if isinstance(error, Exception):
+                self.on_change(Event("start_failed", actor_id, first_line(error), "it was killed"))
             raise
         self._roster.add(worker)
-        self.on_change(f"{actor_id} serves version {worker.version}")
+        serves = f"serves version {worker.version}"
+        if instead_of:
+            self.on_change(Event("restart", actor_id, f"{instead_of} was lost", serves, node))
+        else:
+            self.on_change(Event("start", actor_id, "", serves, node))
 
     def _bring_up_to_date(self, worker: Worker) -> None:
         if worker.update is not None and not worker.update.done():
@@ -238,25 +245,28 @@ class RolloutPool:
         """Take a worker out at once and start another in the background."""
         if worker not in self._roster:
             return
+        held = self._roster.load(worker)
         self._roster.remove(worker)
         if worker.update is not None:
             worker.update.cancel()
         ray.kill(worker.handle)
         self._deaths_in_a_row += 1
-        self.on_change(f"{worker.actor_id} lost: {_first_line(error)}")
-        task = asyncio.ensure_future(self._replace(error))
+        consequence = f"its {held} requests go to others, another is started"
+        if self._deaths_in_a_row > self._max_deaths_in_a_row:
+            consequence = "none is started any more"
+        self.on_change(Event("death", worker.actor_id, first_line(error), consequence, worker.node))
+        task = asyncio.ensure_future(self._replace(worker, error))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
-    async def _replace(self, error: Exception) -> None:
+    async def _replace(self, lost: Worker, error: Exception) -> None:
         while self._deaths_in_a_row <= self._max_deaths_in_a_row:
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (self._deaths_in_a_row - 1))
             try:
-                return await self._start_worker()
+                return await self._start_worker(instead_of=lost.actor_id)
             except (RayActorError, RayTaskError, NoAnswer, WeightsRefused) as again:
                 error = again
                 self._deaths_in_a_row += 1
-                self.on_change(f"a new rollout actor did not start: {_first_line(again)}")
         if not self.failure.done():
             message = f"rollout actors died {self._deaths_in_a_row} times in a row"
             self.failure.set_exception(RuntimeError(f"{message}; the last error: {error}"))
@@ -269,16 +279,13 @@ class RolloutPool:
                 who=f"rollout actor {worker.actor_id}",
                 asked="stop",
                 deadline_s=self._deadlines.stop_s,
+                node=worker.node,
             )
         except (RayActorError, RayTaskError, NoAnswer) as error:
-            self.on_change(f"{worker.actor_id} was killed: {_first_line(error)}")
+            self.on_change(Event("killed", worker.actor_id, first_line(error), "it is gone", worker.node))
         ray.kill(worker.handle)
 
 
 def _vocabulary_of(path: str) -> int:
     size: int = AutoConfig.from_pretrained(path).get_text_config().vocab_size
     return size
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

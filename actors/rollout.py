@@ -66,8 +66,8 @@ class RolloutActor:
         self._engine: Engine | None = None
         self._receiver: DeltaReceiver | None = None
 
-    async def start(self, *, seed: int) -> int:
-        """Load the model; returns the version that the engine serves."""
+    async def start(self, *, seed: int) -> tuple[int, str]:
+        """Load the model; returns the version that the engine serves, and the address of the node."""
         self._tokenizer = AutoTokenizer.from_pretrained(self._path)
         self._engine = await Engine.start(
             self._path,
@@ -86,7 +86,7 @@ class RolloutActor:
         if self._adapters is None:
             tensors, version = self._engine.shadow_tensors, self._engine.version
             self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=self._weights_key)
-        return self._engine.version
+        return self._engine.version, ray.util.get_node_ip_address()
 
     async def generate(self, request: RolloutRequest) -> Rollout:
         """Sample one response; every token with its weights version and log-probability."""

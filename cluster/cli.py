@@ -118,7 +118,10 @@ def run_until_signal(
         loop = asyncio.get_running_loop()
 
         def on_signal(number: int) -> None:
-            if received or not stopping.graceful:
+            ends_by_itself = stopping.graceful and not received
+            consequence = "ends after this step, with a checkpoint" if ends_by_itself else "is cancelled"
+            stopping.on_signal(signal.Signals(number).name, consequence)
+            if not ends_by_itself:
                 task.cancel()
             else:
                 print("\nstopping: what runs is brought to an end first; again to stop at once", file=sys.stderr)

@@ -25,6 +25,7 @@ from cluster.loopback import LOOPBACK
 from cluster.progress import Progress
 from cluster.run_log import RunLog
 from contracts.config import Config, ConfigError, RewardConfig
+from contracts.events import Event
 from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
 from learner.group import LearnerGroup, LearnerSettings
@@ -112,6 +113,12 @@ def learner_group(
     config: Config, model_path: str, saved: Checkpoint | None, log: RunLog, progress: Progress, *, weights_key: bytes
 ) -> LearnerGroup:
     """The learner, not started yet; `saved` is what it continues."""
+
+    def learner_changed(event: Event) -> None:
+        log.event(event)
+        if event.event == "death":
+            progress.warn(f"{event.who} {event.cause}; {event.consequence}")
+
     settings = LearnerSettings(
         model_path=model_path,
         critic_path=bundled.resolve(config.model.critic_path) if config.model.critic_path else None,
@@ -131,7 +138,7 @@ def learner_group(
         config.learner,
         config.deadlines,
         logged=log.logged,
-        note=progress.warn,
+        on_change=learner_changed,
         snapshot=saved.state.resolve() if saved else None,
         step=saved.step if saved else 0,
     )

@@ -20,6 +20,7 @@ from cluster.preflight.adapters import check_adapters
 from cluster.progress import Progress
 from cluster.run_log import RunLog, write_json
 from contracts.config import Config, ConfigError, dump
+from contracts.events import Event, first_line
 from contracts.records import Prompt
 from contracts.stopping import StopRequest
 from learner import checkpoint as checkpoints
@@ -35,7 +36,7 @@ async def prepare(
 
     What it starts is stopped when `stack` closes.
     """
-    saved = resumed_checkpoint(config, preflight, progress)
+    saved, problems = resumed_checkpoint(config, preflight, progress)
     progress.phase(f"Loading {config.model.path}")
     base_path = await asyncio.to_thread(bundled.resolve, config.model.path)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, base_path)
@@ -47,7 +48,12 @@ async def prepare(
     write_json(config.output_dir / "environment.json", versions())
     log = RunLog(config.output_dir, resume_step=saved.step if saved else None, tensorboard=config.logging.tensorboard)
     stack.callback(log.close)
-
+    # Called after everything that is started below has been stopped.
+    stack.push(lambda kind, error, trace: log.event(ended(error)))
+    stack.callback(setattr, stopping, "on_signal", stopping.on_signal)
+    stopping.on_signal = lambda name, consequence: log.event(Event("signal", "the run", name, consequence))
+    started = f"weights version {saved.step}" if saved else f"{config.steps} steps of {config.model.path}"
+    log.event(Event("start", "the run", "resume=true" if saved else "", started))
     run_id = launch.new_run_id()
     await stack.enter_async_context(launch.cluster(config, run_id, progress))
     version = saved.step if saved else 0
@@ -63,6 +69,7 @@ async def prepare(
         adapters=adapters,
         weights_key=key,
     )
+    pool.on_change = log.event
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
     learner = launch.learner_group(config, base_path, saved, log, progress, weights_key=key)
@@ -71,6 +78,7 @@ async def prepare(
     reference, parameters, _ = await asyncio.gather(
         launch.deploy_reference_model(config, base_path, run_id), learner.ready(), pool.start()
     )
+    log.event(Event("start", "the reference model", "", f"{config.reference_workers.num_replicas} replica(s) are up"))
     progress.note(f"learner: {parameters / 1e6:.0f}M parameters on {config.learner.num_ranks} rank(s)")
     if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
         await prepare_reward_model(config, prompts, pool, progress=progress)
@@ -81,6 +89,9 @@ async def prepare(
         launch.deploy_components(config, config.evaluation.judges, run_id, trained_model=trained),
     )
     progress.waiting("")
+    for component in (*config.rewards, *config.evaluation.judges):
+        up = f"{config.reward_workers.num_replicas} replica(s) are up"
+        log.event(Event("start", f"reward component {component.name}", "", up))
 
     bound = StalenessBound(
         config.streaming.max_lag_steps, config.training.prompts_per_batch, config.streaming.stale_tokens
@@ -107,6 +118,9 @@ async def prepare(
     pool.on_update = lambda: look_again(job)
     if saved is not None:
         await recover.restore(job, saved, prompts)
+        open_work = f"{len(job.queue)} groups in the queue, {len(job.pending)} prompts issued again"
+        cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in problems)))
+        log.event(Event("resume", "the run", cause, f"goes on after step {saved.step}: {open_work}"))
     return job
 
 
@@ -122,31 +136,62 @@ def policy_to_start_from(
     return base_path, AdapterSettings(lora, initial, max_versions=config.streaming.max_lag_steps + 2)
 
 
-def worker_changed(job: Job, event: str) -> None:
-    """Show it, and let groups that wait for a worker look again."""
-    job.progress.note(event)
-    look_again(job)
+def worker_changed(job: Job, event: Event) -> None:
+    """Log and show it, and let groups that wait for a worker look again."""
+    job.log.event(event)
+    if event.event != "rollover":  # every engine takes every version: no news for a person
+        job.progress.note(line(event))
+        look_again(job)
+
+
+def line(event: Event) -> str:
+    """What happened to a rollout actor, for a person."""
+    match event.event:
+        case "death":
+            return f"{event.who} lost: {event.cause}"
+        case "start_failed":
+            return f"a new rollout actor did not start: {event.cause}"
+        case "killed":
+            return f"{event.who} was killed: {event.cause}"
+        case "refusal":
+            return f"{event.who} {event.consequence}, it refused a delta: {event.cause}"
+        case _:
+            return f"{event.who} {event.consequence}"
+
+
+def ended(error: BaseException | None) -> Event:
+    """The last event of a run, with the error that ended it."""
+    match error:
+        case None:
+            cause = ""
+        case asyncio.CancelledError():
+            cause = "it was cancelled"
+        case _:
+            cause = first_line(error)
+    return Event("end", "the run", cause, "its parts were stopped")
 
 
 def look_again(job: Job) -> None:
     asyncio.get_running_loop().create_task(job.notify())
 
 
-def resumed_checkpoint(config: Config, preflight: Preflight, progress: Progress) -> checkpoints.Checkpoint | None:
-    """The newest checkpoint that is whole; says which newer ones were passed over.
+def resumed_checkpoint(
+    config: Config, preflight: Preflight, progress: Progress
+) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and why newer ones were passed over, which is shown too.
 
     Raises:
         ConfigError: none is.
     """
     if preflight.resume_step is None:
-        return None
+        return None, []
     saved, problems = checkpoints.newest_whole(config.output_dir)
     for problem in problems:
         progress.warn(f"passed over a damaged checkpoint: {problem}")
     if saved is None:
         raise ConfigError(f"output_dir {config.output_dir}: no checkpoint is whole: {problems[0]}")
     progress.note(f"resuming after step {saved.step}")
-    return saved
+    return saved, problems
 
 
 def render_prompts(

@@ -13,6 +13,8 @@ from cluster.evaluate import Evaluation, from_record, record
 from cluster.job import Job
 from cluster.leases import Lease
 from cluster.run_log import write_json
+from contracts.clock import now
+from contracts.events import Event
 from contracts.records import SCHEMA_VERSION, Prompt, ScoredRollout, experience_records, experience_table
 from contracts.waiting import NoAnswer
 from learner import checkpoint as checkpoints
@@ -44,6 +46,8 @@ async def lease_failed(job: Job, lease: Lease, errors: Sequence[BaseException]) 
         job.leases.expire(lease)
         job.pending.append(lease.prompt)
         job.progress.warn(f"{lease.group_id} expired and is issued again: {overdue[0]}")
+        who = f"{lease.group_id} of {lease.actor_id}"
+        job.log.event(Event("expiry", who, str(overdue[0]), "its prompt is issued again under new ids"))
         await job.notify()
     elif lease.attempt >= limit:
         raise RuntimeError(f"{lease.group_id} lost its worker {lease.attempt} times; the last: {errors[0]}")
@@ -104,7 +108,7 @@ async def train(job: Job, samples: list[ScoredRollout]) -> dict[str, float]:
 
 async def checkpoint(job: Job) -> None:
     """Write a checkpoint of the published version; nothing counts before its manifest is written."""
-    step, run_dir = job.version, job.config.output_dir
+    step, run_dir, began = job.version, job.config.output_dir, now()
     job.progress.waiting(f"checkpoint of step {step}")
     folder = checkpoints.begin(run_dir, step)
     groups = job.queue.groups
@@ -122,6 +126,10 @@ async def checkpoint(job: Job) -> None:
     await job.learner.save(folder.resolve())
     job.last_checkpoint = checkpoints.finish(folder, step, keep=job.config.checkpoint.keep)
     job.learner.checkpointed(step, job.last_checkpoint.state.resolve())
+    every = job.config.checkpoint.every_steps
+    cause = f"every {every} steps" if step % every == 0 else "the run ends"
+    consequence = f"{job.last_checkpoint.path.name} is whole, written in {now() - began:.1f} s"
+    job.log.event(Event("checkpoint", "the learner", cause, consequence))
     job.progress.waiting("")
 
 

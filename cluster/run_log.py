@@ -1,21 +1,28 @@
-"""What a run writes while it trains: metrics, experience, quarantine, TensorBoard. All of it readable at any moment."""
+"""What a run writes while it trains: metrics, experience, quarantine, events, TensorBoard. Readable at any moment."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from contracts.events import Event
 from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_records, experience_table
 
 
 class RunLog:
-    """The files of one run directory. On resume, rows and files past `resume_step` are removed first."""
+    """The files of one run directory. On resume, rows and files past `resume_step` are removed first.
+
+    Events stay: they tell what happened, not what counts.
+    """
 
     def __init__(self, run_dir: Path, *, resume_step: int | None, tensorboard: bool) -> None:
         self.run_dir = run_dir
@@ -28,6 +35,8 @@ class RunLog:
             self._cut_back(resume_step)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._quarantine = quarantine_path.open("a", encoding="utf-8")
+        self._step = resume_step or 0  # the last that has finished
+        self._events = _append_lines(run_dir / "events.jsonl")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
@@ -49,6 +58,7 @@ class RunLog:
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step's row."""
         _append(self._metrics, row)
+        self._step = row["step"]
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -59,8 +69,16 @@ class RunLog:
         """Keep a bad trajectory with the reason; it is not trained on."""
         row = {"trajectory_id": trajectory_id, "prompt_id": prompt_id, "step": step, "reason": reason}
         _append(self._quarantine, row | {"response": response, "schema_version": SCHEMA_VERSION})
+        self.event(Event("quarantine", trajectory_id, reason, "it is not trained on"))
+
+    def event(self, event: Event) -> None:
+        """Append one event with the time and the last finished step, in one write."""
+        row = {"time": time.time(), **asdict(event), "step": self._step, "schema_version": SCHEMA_VERSION}
+        # Not synced to disk: it is not for a machine that crashes, and an event may come for each engine and version.
+        self._events.write(json.dumps(row).encode() + b"\n")
 
     def close(self) -> None:
+        self._events.close()
         self._metrics.close()
         self._quarantine.close()
         if self._board is not None:
@@ -85,6 +103,16 @@ def _append(file: Any, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
     os.fsync(file.fileno())
+
+
+def _append_lines(path: Path) -> FileIO:
+    """A file for whole lines, each one write. A last line that a crash has cut off gets its end, no event joins it."""
+    file = FileIO(path, "a+")
+    if size := path.stat().st_size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 def _cut_rows(path: Path, step: int) -> None:

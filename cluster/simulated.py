@@ -20,6 +20,7 @@ from actors.reward import BadSample
 from actors.rollout import RolloutRequest
 from actors.roster import Roster
 from contracts.clock import BusyClock, now
+from contracts.events import Event
 from contracts.records import Prompt, Rollout, ScoredRollout, WeightsUpdate
 from contracts.waiting import answer
 
@@ -406,6 +407,9 @@ class SimulatedLog:
 
     def quarantine(self, **row: Any) -> None:
         """The lease book counts it."""
+
+    def event(self, event: Event) -> None:
+        """The book and `SimulatedPool.events` count those."""
 
 
 class Silent:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.events import Event, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from learner.ppo import PPOLearner
@@ -74,7 +75,12 @@ class LearnerSettings:
 
 
 class RankFailure(RuntimeError):
-    """A rank died or fell silent; the message names it."""
+    """A rank, `who`, died or fell silent: `what` happened while it was asked to do what."""
+
+    def __init__(self, who: str, what: str, node: str) -> None:
+        where = f" on node {node}" if node else ""
+        super().__init__(f"{who}{where} {what}")
+        self.who, self.what, self.node = who, what, node
 
 
 @ray.remote(concurrency_groups={"health": 1, "keyframes": 1})  # type: ignore[call-overload]
@@ -158,6 +164,11 @@ class LearnerRank:
         return 0 if self._learner is None else self._learner.passes
 
     @ray.method(concurrency_group="health")
+    def node(self) -> str:
+        """The address of the machine."""
+        return ray.util.get_node_ip_address()
+
+    @ray.method(concurrency_group="health")
     def pid(self) -> int:
         return os.getpid()
 
@@ -188,7 +199,7 @@ class LearnerGroup:
 
     Args:
         logged: the batch that step N trained on, from the experience log.
-        note: tells the person what is being repaired.
+        on_change: told when a rank is lost, and when the learner goes on.
     """
 
     def __init__(
@@ -198,23 +209,25 @@ class LearnerGroup:
         deadlines: DeadlinesConfig,
         *,
         logged: Callable[[int], list[ScoredRollout]],
-        note: Callable[[str], None],
+        on_change: Callable[[Event], None],
         snapshot: Path | None = None,
         step: int = 0,
     ) -> None:
         self._settings, self._workers, self._deadlines = settings, workers, deadlines
-        self._logged, self._note = logged, note
+        self._logged, self._on_change = logged, on_change
         self._snapshot, self._snapshot_step = snapshot, step
         self._step = step  # trained so far
         self._published = step
         self._from_checkpoint = snapshot is not None  # what engines hold as the published version
         self._whole = asyncio.Event()  # rank 0 holds the published version
         self._ranks: list[Any] = []
+        self._nodes: list[str] = []  # of the ranks, as far as they have said
 
     async def ready(self) -> int:
         """Start the ranks and load the model on each; returns the number of parameters."""
         parameters = await self._start()
         await self._seed()
+        self._on_change(Event("start", "the learner", "", f"holds version {self._published}", self._where(0)))
         return parameters
 
     async def step(self, batch: Sequence[ScoredRollout], *, training_version: int) -> dict[str, float]:
@@ -242,7 +255,7 @@ class LearnerGroup:
             NoAnswer: not within `deadlines.weights_s`.
         """
         who, asked, deadline_s = self._name(0), "make a keyframe of the weights", self._deadlines.weights_s
-        return await answer(self._keyframe(), who=who, asked=asked, deadline_s=deadline_s)
+        return await answer(self._keyframe(), who=who, asked=asked, deadline_s=deadline_s, node=self._where(0))
 
     async def _keyframe(self) -> tuple[WeightsUpdate, WeightsRefs]:
         while True:
@@ -266,7 +279,7 @@ class LearnerGroup:
         """End the ranks."""
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = []
+        self._ranks, self._nodes = [], []
 
     def checkpointed(self, step: int, state: Path) -> None:
         """The checkpoint of `step` is whole and lies at `state`: from now on the group repairs itself from there."""
@@ -283,6 +296,7 @@ class LearnerGroup:
             for rank in range(size)
         ]
         start_s = self._deadlines.start_s
+        self._nodes = await self._all("node", (), "start", start_s, watch=False)
         address = await answer(self._ranks[0].address.remote(), who=self._name(0), asked="start", deadline_s=start_s)
         state = str(self._snapshot) if self._snapshot else None
         answers = await self._all("load", (address, state), "load its model", start_s, watch=False)
@@ -298,7 +312,8 @@ class LearnerGroup:
             except RankFailure as failure:
                 if attempt == _MAX_REFORMS:
                     raise
-                self._note(f"{failure}; the learner re-forms from step {self._snapshot_step}")
+                consequence = f"the learner re-forms from step {self._snapshot_step}"
+                self._on_change(Event("death", failure.who, failure.what, consequence, failure.node))
         raise AssertionError("unreachable")
 
     async def _reform(self) -> None:
@@ -311,6 +326,9 @@ class LearnerGroup:
             await self._all("step", (self._logged(step), step - 1), f"train step {step} again", self._deadlines.learn_s)
             if self._published == step:
                 await self._seed()
+        again = f"trained steps {self._snapshot_step + 1} to {self._step} again"
+        again = again if self._step > self._snapshot_step else f"goes on after step {self._step}"
+        self._on_change(Event("restart", "the learner", "a rank was lost", again, self._where(0)))
 
     async def _seed(self) -> None:
         """Tell new ranks that what they hold now is the published version: the next one builds on it."""
@@ -331,7 +349,11 @@ class LearnerGroup:
         calls = [
             asyncio.ensure_future(
                 answer(
-                    getattr(rank, method).remote(*shared), who=self._name(number), asked=asked, deadline_s=deadline_s
+                    getattr(rank, method).remote(*shared),
+                    who=self._name(number),
+                    asked=asked,
+                    deadline_s=deadline_s,
+                    node=self._where(number),
                 )
             )
             for number, rank in enumerate(self._ranks)
@@ -360,7 +382,8 @@ class LearnerGroup:
             errors = {number: call.exception() for number, call in enumerate(calls) if call.done()}
             for number, error in errors.items():
                 if isinstance(error, RayActorError):
-                    raise RankFailure(f"{self._name(number)} died while asked to {asked}: {_reason(error)}") from error
+                    what = f"died while asked to {asked}: {first_line(error)}"
+                    raise RankFailure(self._name(number), what, self._where(number)) from error
             own = [error for error in errors.values() if _is_own(error)]
             running = [call for call in calls if not call.done()]
             if own or not running or time.monotonic() > expires:
@@ -380,12 +403,18 @@ class LearnerGroup:
                 try:
                     passes.append(await answer(rank.progress.remote(), who=name, asked=asked, deadline_s=silent_s))
                 except NoAnswer as error:
-                    raise RankFailure(f"{name} has not answered for {silent_s:g} s while asked to {asked}") from error
+                    what = f"has not answered for {silent_s:g} s while asked to {asked}"
+                    raise RankFailure(name, what, self._where(number)) from error
             if passes != last:
                 last, moved = passes, time.monotonic()
             elif moving and time.monotonic() - moved > silent_s:
-                behind = " or ".join(self._name(rank) for rank, done in enumerate(passes) if done == min(passes))
-                raise RankFailure(f"{behind} has not got on for {silent_s:g} s while asked to {asked}")
+                behind = [rank for rank, done in enumerate(passes) if done == min(passes)]
+                what = f"has not got on for {silent_s:g} s while asked to {asked}"
+                names = " or ".join(self._name(rank) for rank in behind)
+                raise RankFailure(names, what, self._where(behind[0]) if len(behind) == 1 else "")
+
+    def _where(self, number: int) -> str:
+        return self._nodes[number] if self._nodes else ""
 
     def _name(self, number: int) -> str:
         return "the learner" if self._workers.num_ranks == 1 else f"learner rank {number} of {self._workers.num_ranks}"
@@ -397,7 +426,3 @@ def _is_own(error: BaseException | None) -> bool:
     return isinstance(cause, (ValueError, ArithmeticError, OSError, NoAnswer)) and not isinstance(
         cause, ConnectionError
     )
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 from cluster.report.curves import curves
+from cluster.report.events import happenings, totals
 from cluster.report.run_files import Evaluation, Preferences, Row, RunFolder, value
 from cluster.report.sentences import decided_by, headline, number, sentence, verdict, warning
 from contracts.config import ConfigError
@@ -55,6 +56,7 @@ def _render(run_dir: Path) -> str:
     environment = folder.json("environment.json", "versions and machine are not known.")
     main, others = curves(rows)
     reasons = Counter(str(row.get("reason", "no reason given")) for row in folder.rows("quarantine.jsonl"))
+    events = folder.rows("events.jsonl")
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # not select_autoescape: it goes by the ending, and .j2 is none it knows
@@ -67,8 +69,8 @@ def _render(run_dir: Path) -> str:
         steps=steps, facts=_facts(rows, steps), evaluation=evaluation, headline=headline(evaluation),
         warning=warning(evaluation), preferences=preferences, curves=main, other_curves=others,
         environment=environment if isinstance(environment, dict) else {}, quarantine=reasons.most_common(),
-        events=folder.rows("events.jsonl"), written=datetime.now(UTC), number=number, sentence=sentence,
-        verdict=verdict, decided_by=decided_by, when=_when,
+        events=happenings(events), event_totals=totals(events), written=datetime.now(UTC),
+        number=number, sentence=sentence, verdict=verdict, decided_by=decided_by, when=_when,
     )  # fmt: skip
 
 
@@ -109,8 +111,7 @@ def _facts(rows: Sequence[Row], steps: Any) -> list[tuple[str, str]]:
     return facts
 
 
-def _when(event: Row) -> str:
-    time = event.get("time", "")
+def _when(time: object) -> str:
     if isinstance(time, int | float) and 0 < time < 1e11:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return str(time)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from actors.delivery import Delivery, WeightsAnswer, WeightsRefused
+from contracts.events import Event
 from contracts.records import WeightsUpdate
 from contracts.waiting import NoAnswer
 
@@ -27,6 +28,7 @@ class Actor:
 
     version: int = 0
     actor_id: str = "rollout-0"
+    node: str = "10.0.0.7"
     refuses: set[tuple[int, int | None]] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)
     slow_s: float = 0.0
@@ -77,9 +79,14 @@ def test_deltas_in_order_need_no_keyframe() -> None:
     async def scene() -> None:
         delivery, actor = Delivery(deadline_s=5), Actor()
         learner = Learner(delivery)
+        said: list[Event] = []
+        delivery.on_event = said.append
         for _ in range(3):
             learner.publish()
             await delivery.bring_up_to_date(actor)
+        assert [(event.event, event.consequence[:16]) for event in said] == [
+            ("rollover", f"serves version {version}") for version in (1, 2, 3)
+        ]
         assert actor.sent == [(1, 0), (2, 1), (3, 2)]
         assert (actor.version, learner.asked) == (3, 0)
         assert delivery.take_costs() == {"generation_paused_s": 0.25, "broadcast_keyframe_bytes": 0}
@@ -107,13 +114,16 @@ def test_a_refused_delta_is_followed_by_a_keyframe_and_said() -> None:
     async def scene() -> None:
         delivery, actor = Delivery(deadline_s=5), Actor(refuses={(1, 0)})
         learner = Learner(delivery)
-        said: list[str] = []
-        delivery.on_refusal = said.append
+        said: list[Event] = []
+        delivery.on_event = said.append
         learner.publish()
         await delivery.bring_up_to_date(actor)
         assert actor.sent == [(1, 0), (1, None)]
         assert actor.version == 1
-        assert said == ["rollout-0 is sent a keyframe, it refused a delta: it does not fit"]
+        assert said == [
+            Event("refusal", "rollout-0", "it does not fit", "is sent a keyframe"),
+            Event("rollover", "rollout-0", "keyframe of 1000 bytes", "serves version 1, held requests for 0.50 s"),
+        ]
 
     play(scene())
 
@@ -137,7 +147,7 @@ def test_a_silent_receiver_is_named_and_holds_nobody_up() -> None:
         await delivery.bring_up_to_date(other)
         assert other.version == 1
         assert not waiting.done()
-        with pytest.raises(NoAnswer, match=r"rollout actor rollout-0 .* take weights version 1"):
+        with pytest.raises(NoAnswer, match=r"rollout actor rollout-0 on node 10\.0\.0\.7 .* take weights version 1"):
             await waiting
         assert silent.version == 0
 

@@ -26,7 +26,7 @@ class Receiver:
     """The receiving half of a rollout actor, without the engine: it starts with the initial weights."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.actor_id, self.version = name, 0
+        self.actor_id, self.node, self.version = name, "", 0
         self.weights = initial(folder)
         self.receiver = DeltaReceiver(self.weights, 0, key=KEY)
         self.keyframes = 0

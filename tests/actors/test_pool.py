@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from actors import pool as pool_module
 from actors.pool import RolloutPool, Worker, WorkerLost
 from contracts.config import Config
+from contracts.events import Event
 from contracts.records import Rollout
 from tests.actors.direct import response_logprobs
 from tests.actors.rollouts import MAX_LOGPROB_ERROR, PROMPT, ask, published, request, running_pool
@@ -24,7 +26,7 @@ REPLACED_S = 180.0
 
 
 @pytest.fixture(scope="module")
-def events() -> list[str]:
+def events() -> list[Event]:
     return []
 
 
@@ -35,7 +37,7 @@ def newest_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(
-    ray_session: Processes, tiny_config: Config, newest_model: Path, run: RunCoroutine, events: list[str]
+    ray_session: Processes, tiny_config: Config, newest_model: Path, run: RunCoroutine, events: list[Event]
 ) -> Iterator[RolloutPool]:
     """One worker that started with version 0 and has taken version 5."""
     with running_pool(tiny_config, run, max_deaths_in_a_row=2) as pool:
@@ -97,7 +99,7 @@ async def gone(pids: list[int]) -> None:
 
 @pytest.mark.parametrize("whose", [actor_process, engine_core_process])
 def test_a_worker_that_dies_is_replaced_by_one_with_the_newest_weights(
-    pool: RolloutPool, newest_model: Path, run: RunCoroutine, events: list[str], whose: Any
+    pool: RolloutPool, newest_model: Path, run: RunCoroutine, events: list[Event], whose: Any
 ) -> None:
     async def kill_and_go_on() -> tuple[list[Any], list[int], Rollout]:
         outcomes, pids = await kill_while_generating(pool, worker, whose)
@@ -113,10 +115,14 @@ def test_a_worker_that_dies_is_replaced_by_one_with_the_newest_weights(
     assert lost
     assert {type(outcome) for outcome in lost} == {WorkerLost}
     assert worker.actor_id in str(lost[0])
-    assert [event.split(":")[0] for event in events] == [
-        f"{worker.actor_id} lost",
-        f"{pool.workers[0].actor_id} serves version 5",
-    ]
+    death, rollover, restart = events
+    assert (death.event, death.who, death.node) == ("death", worker.actor_id, "127.0.0.1")
+    assert re.fullmatch(r"its ([1-9]|1[0-6]) requests go to others, another is started", death.consequence)
+    assert (rollover.event, rollover.who) == ("rollover", pool.workers[0].actor_id)
+    assert rollover.cause.startswith("keyframe of ")
+    assert restart == Event(
+        "restart", pool.workers[0].actor_id, f"{worker.actor_id} was lost", "serves version 5", "127.0.0.1"
+    )
     assert pool.workers[0].actor_id == rollout.actor_id != worker.actor_id
     assert set(rollout.weights_versions) == {5}
     expected = response_logprobs(newest_model, PROMPT, rollout.response_tokens, temperature=1.0)
@@ -125,7 +131,7 @@ def test_a_worker_that_dies_is_replaced_by_one_with_the_newest_weights(
 
 
 def test_a_crash_loop_ends_with_the_actors_own_error(
-    pool: RolloutPool, run: RunCoroutine, events: list[str], monkeypatch: pytest.MonkeyPatch
+    pool: RolloutPool, run: RunCoroutine, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Last: this pool starts nothing any more."""
 
@@ -141,5 +147,6 @@ def test_a_crash_loop_ends_with_the_actors_own_error(
         RuntimeError, match=r"rollout actors died 3 times in a row; the last error.*(?s:.*)/nowhere/model"
     ):
         run(kill_for_good(), timeout_s=2 * REPLACED_S)
-    assert [event.split(":")[0] for event in events[1:]] == ["a new rollout actor did not start"] * 2
+    assert [event.event for event in events] == ["death", "start_failed", "start_failed"]
+    assert all(event.cause for event in events)
     assert pool.workers == ()

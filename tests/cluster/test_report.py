@@ -178,6 +178,29 @@ def test_model_output_is_text_and_nothing_else(run_dir):
     assert "2026-11-22" in page.text
 
 
+def test_what_happened_is_a_table_without_the_ordinary(run_dir):
+    def event(kind, after_s, who="rollout-0", **more):
+        return {"time": 1795380000 + after_s, "event": kind, "who": who, "step": 2, "schema_version": 1, **more}
+
+    events = [
+        event("start", 0, "the run"),
+        *(event("rollover", 10 + version, cause="delta") for version in range(1234)),
+        *(event("quarantine", 20, f"t{n}", cause="empty" if n % 3 else "nan") for n in range(6)),
+        event("death", 125, cause="The actor died", consequence="another is started", node="10.0.0.7"),
+        event("quarantine", 130, "t9", cause="nan"),
+        event("start_failed", 140, "rollout-1"),
+    ]
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+    text = _page(run_dir).text
+    assert "What happened: 5 events" in text
+    assert "Of 1,234 rollover, 7 quarantine, 1 start, 1 death, 1 start failed" in text
+    assert re.search(r"0 s 2026-\S+ \S+ UTC 2 start the run", text)
+    assert re.search(r"20 s \S+ \S+ UTC 2 quarantine 6 trajectories 4 times: empty", text)
+    assert re.search(r"2 min 05 s \S+ \S+ UTC 2 death rollout-0 on 10\.0\.0\.7 The actor died another is started", text)
+    assert re.search(r"2 quarantine t9 nan", text)
+    assert "rollover rollout-0" not in text
+
+
 def test_nothing_is_fetched(run_dir):
     page = _page(run_dir)
     for _, attributes in page.tags:

@@ -1,11 +1,13 @@
 """What a run writes can be read back, and a resumed run continues it as if nothing had happened."""
 
 import json
+import time
 
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.run_log import RunLog, write_json
+from contracts.events import Event
 from contracts.records import experience_records
 from tests.rollouts import scored_rollout
 
@@ -179,3 +181,63 @@ def test_json_files_are_replaced_whole(tmp_path):
     write_json(path, {"ö": 2})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ö": 2}
     assert [each.name for each in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_events_carry_time_step_and_schema_and_outlive_a_resume(tmp_path):
+    writes = log(tmp_path)
+    before = time.time()
+    writes.event(Event("start", "the run"))
+    writes.metrics({"step": 1})
+    writes.metrics({"step": 2})
+    writes.event(Event("death", "rollout-0", "naïve\u2028 ☕ \ud800", "another is started", "10.0.0.7"))
+    writes.close()
+    first, second = kept = rows(tmp_path / "events.jsonl")
+    assert before <= first.pop("time") <= second["time"] <= time.time()
+    nothing = {"cause": "", "consequence": "", "node": ""}
+    assert first == {"event": "start", "who": "the run", **nothing, "step": 0, "schema_version": 1}
+    assert (second["event"], second["who"], second["step"], second["node"]) == ("death", "rollout-0", 2, "10.0.0.7")
+    assert second["cause"] == "naïve\u2028 ☕ \ud800"
+
+    again = log(tmp_path, resume_step=1)  # step 2 is done again; that an actor died in it stays true
+    again.event(Event("resume", "the run"))
+    again.close()
+    assert [(row["event"], row["step"]) for row in rows(tmp_path / "events.jsonl")] == [
+        ("start", 0),
+        ("death", 2),
+        ("resume", 1),
+    ]
+    assert rows(tmp_path / "events.jsonl")[1] == kept[1]
+
+
+def test_an_event_is_in_the_file_before_the_call_returns(tmp_path):
+    writes = log(tmp_path)
+    for count in range(1, 4):
+        writes.event(Event("rollover", "rollout-0", "x" * 20_000))
+        assert len(rows(tmp_path / "events.jsonl")) == count
+    writes.close()
+
+
+def test_an_event_cut_off_by_a_crash_takes_no_other_with_it(tmp_path):
+    writes = log(tmp_path)
+    writes.event(Event("start", "the run"))
+    writes.close()
+    path = tmp_path / "events.jsonl"
+    whole = path.read_bytes()
+    for cut in (whole[:1], whole[:-1]):
+        path.write_bytes(whole + cut)
+        again = log(tmp_path, resume_step=0)
+        again.event(Event("resume", "the run"))
+        again.close()
+        first, torn, last = path.read_bytes().splitlines()
+        assert (first, torn) == (whole.rstrip(), cut)
+        assert json.loads(last)["event"] == "resume"
+    log(tmp_path, resume_step=0).close()
+    assert len(path.read_bytes().splitlines()) == 3  # nothing was cut off: nothing is added
+
+
+def test_a_quarantined_trajectory_is_an_event_too(tmp_path):
+    writes = log(tmp_path)
+    bad(writes, "t9", 4)
+    writes.close()
+    (event,) = rows(tmp_path / "events.jsonl")
+    assert (event["event"], event["who"], event["cause"]) == ("quarantine", "t9", "reward is nan")

@@ -249,7 +249,7 @@ def test_the_documented_way_through_the_experience_log_works(
     """The Python of docs/run-directory.md, on this run."""
     page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     code = "\n".join(blocks).replace("runs/quickstart", str(finished.run_dir))
     exec(compile(code, "run-directory.md", "exec"), {})
     said = capsys.readouterr().out
@@ -258,6 +258,7 @@ def test_the_documented_way_through_the_experience_log_works(
     assert re.search(r"prompt \S+ in group g\d+ sampled by rollout-\d+\ntoken by token: \[\(\d+, \d+, -", said)
     assert re.search(r"trained in step \d+ with \d+ others", said)
     assert re.search(r"[1-9]\d*\.\d\d% of the values of model", said)
+    assert re.search(r"rollout-1 took over [1-9]\d*\.\d s after rollout-0 died", said)
 
 
 def test_a_raising_reward_function_sends_the_sample_to_quarantine(finished: Finished) -> None:
@@ -274,6 +275,46 @@ def test_a_killed_rollout_actor_is_replaced_in_the_middle_of_a_run(finished: Fin
     assert "rollout-0 lost" in finished.resumed.output
     served = {row["actor_id"] for batch in experience(finished.run_dir).values() for row in batch}
     assert served == {"rollout-0", "rollout-1"}
+
+
+def test_the_event_log_tells_both_lives_of_the_run(finished: Finished) -> None:
+    events = rows(finished.run_dir / "events.jsonl")
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    assert {frozenset(event) for event in events} == {
+        frozenset(["time", "event", "who", "cause", "consequence", "node", "step", "schema_version"])
+    }
+    kinds = [event["event"] for event in events]
+    quiet = [kind for kind in kinds if kind not in ("rollover", "checkpoint", "quarantine")]
+    starts = ["start"] * 5  # the run, its rollout actor, learner, reference model, reward component; in any order
+    assert quiet == [*starts, "signal", "end", *starts, "resume", "death", "restart", "end"]
+    by_kind = {kind: [event for event in events if event["event"] == kind] for kind in set(kinds)}
+
+    stopped = json.loads(finished.interrupted.metrics.splitlines()[-1])["step"]
+    signalled, resumed = by_kind["signal"][0], by_kind["resume"][0]
+    assert (signalled["cause"], signalled["consequence"]) == ("SIGINT", "ends after this step, with a checkpoint")
+    assert resumed["consequence"].startswith(f"goes on after step {stopped}: ")
+    assert resumed["step"] == stopped
+    assert [event["cause"] for event in by_kind["end"]] == ["", ""]
+
+    death, restart = by_kind["death"][0], by_kind["restart"][0]
+    assert (death["who"], restart["who"], restart["cause"]) == ("rollout-0", "rollout-1", "rollout-0 was lost")
+    assert death["cause"]
+    assert death["node"] == restart["node"] == "127.0.0.1"
+    assert 8 <= death["step"] <= restart["step"] <= STEPS
+
+    # One line for each version and engine that took it; what a dying engine took may have no line.
+    took = [
+        (event["who"], re.findall(r"serves version (\d+)", event["consequence"])[0]) for event in by_kind["rollover"]
+    ]
+    assert len(set(took)) == len(took)
+    assert {version for _, version in took} >= {str(version) for version in range(1, stopped)}
+    written = [event["consequence"].split(" is whole")[0] for event in by_kind["checkpoint"]]
+    assert written == [f"step-{step:06d}" for step in sorted({*range(4, STEPS + 1, 4), stopped})]
+    kept = {row["trajectory_id"] for row in rows(finished.run_dir / "quarantine.jsonl")}
+    assert kept <= {event["who"] for event in by_kind["quarantine"]}
+    page = (finished.run_dir / "report.html").read_text(encoding="utf-8")
+    assert "rollout-0 on 127.0.0.1" in page
+    assert "goes on after step" in page
 
 
 def test_checkpoints_are_whole_and_load(finished: Finished) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.events import Event
 from contracts.records import ScoredRollout
 from learner.group import LearnerGroup, LearnerSettings, RankFailure
 from models.weight_stream import read_tensors
@@ -76,14 +77,14 @@ def settings(model: Path, **training: object) -> LearnerSettings:
 
 @asynccontextmanager
 async def group(
-    ranks: int, chosen: LearnerSettings, *, notes: list[str] | None = None, rank_s: float = 60.0, **options: object
+    ranks: int, chosen: LearnerSettings, *, notes: list[Event] | None = None, rank_s: float = 60.0, **options: object
 ) -> AsyncIterator[LearnerGroup]:
     made = LearnerGroup(
         chosen,
         LearnerConfig(num_ranks=ranks, num_cpus=0.1, threads=1),
         DeadlinesConfig(rank_s=rank_s),
         logged=batch,
-        note=(notes if notes is not None else []).append,
+        on_change=(notes if notes is not None else []).append,
         **options,  # type: ignore[arg-type]
     )
     await made.ready()
@@ -163,7 +164,7 @@ def test_a_lost_rank_is_named_and_no_batch_is_lost(
     two_ranks, tiny_model: Path, tmp_path: Path, run: RunCoroutine, end: signal.Signals
 ) -> None:
     """Killed or frozen in step 3, with a checkpoint of step 1: the same bits come out."""
-    notes: list[str] = []
+    notes: list[Event] = []
 
     async def disturbed() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
         async with group(2, settings(tiny_model), notes=notes, rank_s=4.0) as made:
@@ -179,11 +180,13 @@ def test_a_lost_rank_is_named_and_no_batch_is_lost(
 
     expected_metrics, expected = two_ranks
     metrics, found = run(disturbed())
-    assert len(notes) == 1
-    assert "learner rank 1 of 2" in notes[0]
+    start, death, restart = notes
+    assert start == Event("start", "the learner", "", "holds version 0", "127.0.0.1")
+    assert (death.event, death.who, death.node) == ("death", "learner rank 1 of 2", "127.0.0.1")
     what = "died while asked to train step 3" if end == signal.SIGKILL else "has not answered for 4 s"
-    assert what in notes[0]
-    assert "re-forms from step 1" in notes[0]
+    assert death.cause.startswith(what)
+    assert death.consequence == "the learner re-forms from step 1"
+    assert restart == Event("restart", "the learner", "a rank was lost", "trained steps 2 to 2 again", "127.0.0.1")
     assert metrics == expected_metrics
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -192,19 +195,19 @@ def test_a_lost_rank_is_named_and_no_batch_is_lost(
 def test_a_rank_that_keeps_dying_ends_the_run_with_its_name(
     ray_session: Processes, tiny_model: Path, run: RunCoroutine
 ) -> None:
-    notes: list[str] = []
+    notes: list[Event] = []
 
     async def check() -> None:
         async with group(2, settings(tiny_model), notes=notes) as made:
             dying = asyncio.create_task(kill_again_and_again(made))
             try:
-                with pytest.raises(RankFailure, match="learner rank 1 of 2 died while asked to"):
+                with pytest.raises(RankFailure, match=r"learner rank 1 of 2 on node 127\.0\.0\.1 died while asked to"):
                     await made.step(batch(1), training_version=0)
             finally:
                 dying.cancel()
 
     run(check())
-    assert len(notes) == 3
+    assert [event.event for event in notes].count("death") == 3
 
 
 async def kill_again_and_again(made: LearnerGroup) -> None:
@@ -219,7 +222,7 @@ def test_a_batch_that_cannot_be_trained_is_the_batchs_fault(
     ray_session: Processes, tiny_model: Path, run: RunCoroutine
 ) -> None:
     """Not taken for a failure of the ranks: no repair is tried."""
-    notes: list[str] = []
+    notes: list[Event] = []
 
     async def check() -> None:
         async with group(2, settings(tiny_model), notes=notes) as made:
@@ -229,7 +232,7 @@ def test_a_batch_that_cannot_be_trained_is_the_batchs_fault(
             await made.step(batch(1), training_version=0)
 
     run(check())
-    assert notes == []
+    assert [event.event for event in notes] == ["start"]
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from contracts.events import Event
 from learner.group import LearnerSettings
 from learner.publish import Publisher
 from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
@@ -100,7 +101,7 @@ def test_replaced_ranks_go_on_from_the_published_version(
     """
 
     async def check() -> None:
-        notes: list[str] = []
+        notes: list[Event] = []
         engine, held = receiver(tiny_model, 0)
         async with group(1, signed(tiny_model), notes=notes) as made:
             for version in (1, 2):
@@ -119,7 +120,7 @@ def test_replaced_ranks_go_on_from_the_published_version(
             os.kill(await made.pid(0), signal.SIGKILL)
             waiting = asyncio.ensure_future(made.keyframe())  # answered by the new rank 0
             await made.step(batch(3), training_version=2)
-            assert len(notes) == 1
+            assert [event.event for event in notes] == ["start", "death", "restart"]
             update, _ = await waiting
             assert (update.version, update.digest) == (2, published)
             assert (await take(engine, await made.publish(3))).base_version == 2

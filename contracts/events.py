@@ -1,0 +1,46 @@
+"""What happens to a run beside its steps: one record for each start, death, expiry, delivery and checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EventKind = Literal[
+    "start",  # a part of the run is up
+    "restart",  # another one is up in the place of one that died
+    "start_failed",  # it did not come up
+    "death",  # it died, fell silent, or does not serve what it should
+    "killed",  # it did not stop by itself when asked to
+    "expiry",  # a prompt group outlived its lease
+    "quarantine",  # a trajectory that cannot be trained on
+    "rollover",  # an engine took new weights
+    "refusal",  # an engine did not take a delta
+    "checkpoint",
+    "resume",
+    "signal",
+    "end",  # of the run, whichever way
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to whom, why, and what the run does about it. The log adds the time and the step.
+
+    `node` is the address of the machine, where it is known.
+
+    >>> Event("death", "rollout-0", cause="The actor died", consequence="another is started in 1 s").who
+    'rollout-0'
+    """
+
+    event: EventKind
+    who: str
+    cause: str = ""
+    consequence: str = ""
+    node: str = ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error as the cause of an event: the first line that says anything, of a group of errors that of the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
