@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.leases import Lease, LeaseBook
 from contracts.clock import BusyClock
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a simulation brings its own
     from actors.reference import ReferenceModel
     from actors.reward import RewardComponents
     from cluster.progress import Progress
+    from cluster.resume import Resumption
     from cluster.run_log import RunLog
     from learner.group import LearnerGroup
 
@@ -51,6 +52,8 @@ class Job:
     expired_in_a_row: int = 0
     dropped_in_a_row: int = 0
     last_checkpoint: Checkpoint | None = None
+    resumption: Resumption | None = None  # None: a fresh run
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits
     _homeless: deque[tuple[Lease, int, asyncio.Future[Worker]]] = field(default_factory=deque)
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,20 @@ from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.loopback import LOOPBACK
 from cluster.progress import Progress
-from cluster.run_log import RunLog
 from contracts.config import Config, ConfigError, RewardConfig
 from contracts.events import Event
+from contracts.records import ScoredRollout
 from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
 from learner.group import LearnerGroup, LearnerSettings
 from models import bundled
 
 
-def start_ray(config: Config, working_dir: Path) -> str:
-    """Connect to the configured cluster, or start a local Ray on loopback alone. Returns the dashboard's URL."""
+def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) -> str:
+    """Connect to the configured cluster, or start a local Ray on loopback alone, and Serve unless `learner_only`.
+
+    Returns the dashboard's URL.
+    """
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     search_path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
@@ -61,6 +64,8 @@ def start_ray(config: Config, working_dir: Path) -> str:
     if config.ray.address is None and bound_to != LOOPBACK:
         ray.shutdown()
         raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
+    if learner_only:
+        return ""
     check_cluster_gpus(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -110,12 +115,19 @@ def cpus_asked(config: Config) -> int:
 
 
 def learner_group(
-    config: Config, model_path: str, saved: Checkpoint | None, log: RunLog, progress: Progress, *, weights_key: bytes
+    config: Config,
+    model_path: str,
+    saved: Checkpoint | None,
+    logged: Callable[[int], list[ScoredRollout]],
+    progress: Progress,
+    *,
+    weights_key: bytes | None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> LearnerGroup:
-    """The learner, not started yet; `saved` is what it continues."""
+    """The learner, not started yet; `saved` is what it continues, `logged` the experience log."""
 
     def learner_changed(event: Event) -> None:
-        log.event(event)
+        on_event(event)
         if event.event == "death":
             progress.warn(f"{event.who} {event.cause}; {event.consequence}")
 
@@ -137,7 +149,7 @@ def learner_group(
         settings,
         config.learner,
         config.deadlines,
-        logged=log.logged,
+        logged=logged,
         on_change=learner_changed,
         snapshot=saved.state.resolve() if saved else None,
         step=saved.step if saved else 0,
@@ -183,10 +195,13 @@ def new_run_id() -> str:
 
 
 @asynccontextmanager
-async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncIterator[None]:
+async def cluster(
+    config: Config, run_id: str, progress: Progress, *, learner_only: bool = False
+) -> AsyncIterator[None]:
     """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them."""
     progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
-    start, where = asyncio.to_thread(start_ray, config, Path.cwd()), config.ray.address or "on this machine"
+    start = asyncio.to_thread(start_ray, config, Path.cwd(), learner_only=learner_only)
+    where = config.ray.address or "on this machine"
     dashboard = await answer(start, who=f"Ray {where}", asked="start or connect", deadline_s=config.deadlines.start_s)
     take_sigterm_back()
     if dashboard:
@@ -194,7 +209,7 @@ async def cluster(config: Config, run_id: str, progress: Progress) -> AsyncItera
     try:
         yield
     finally:
-        if config.ray.address is not None:
+        if config.ray.address is not None and not learner_only:
             try:
                 await delete_applications(run_id, deadline_s=config.deadlines.stop_s)
             except (NoAnswer, RayActorError, RayTaskError) as error:

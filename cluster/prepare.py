@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from actors.pool import RolloutPool
 from actors.prompts import PromptStream, render
-from cluster import launch, recover
+from cluster import launch
 from cluster.doctor.software import versions
 from cluster.job import Job
 from cluster.leases import LeaseBook
@@ -18,8 +18,10 @@ from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
 from cluster.preflight.adapters import check_adapters
 from cluster.progress import Progress
+from cluster.reproducible import decisive_settings
+from cluster.resume import restore, resumption
 from cluster.run_log import RunLog, write_json
-from contracts.config import Config, ConfigError, dump
+from contracts.config import Config, dump
 from contracts.events import Event, first_line
 from contracts.records import Prompt
 from contracts.stopping import StopRequest
@@ -36,7 +38,8 @@ async def prepare(
 
     What it starts is stopped when `stack` closes.
     """
-    saved, problems = resumed_checkpoint(config, preflight, progress)
+    found = resumption(config, preflight, progress)
+    saved = found.checkpoint if found else None
     progress.phase(f"Loading {config.model.path}")
     base_path = await asyncio.to_thread(bundled.resolve, config.model.path)
     tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, base_path)
@@ -46,7 +49,13 @@ async def prepare(
     config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
     write_json(config.output_dir / "environment.json", versions())
-    log = RunLog(config.output_dir, resume_step=saved.step if saved else None, tensorboard=config.logging.tensorboard)
+    log = RunLog(
+        config.output_dir,
+        resume_step=found.last_logged if found else None,
+        last_row=found.last_row if found else None,
+        quarantined=found.quarantined if found else None,
+        tensorboard=config.logging.tensorboard,
+    )
     stack.callback(log.close)
     # Called after everything that is started below has been stopped.
     stack.push(lambda kind, error, trace: log.event(ended(error)))
@@ -72,13 +81,15 @@ async def prepare(
     pool.on_change = log.event
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
-    learner = launch.learner_group(config, base_path, saved, log, progress, weights_key=key)
+    learner = launch.learner_group(config, base_path, saved, log.logged, progress, weights_key=key, on_event=log.event)
     pool.keyframes_from(learner.keyframe)
     progress.waiting("models to load")
     reference, parameters, _ = await asyncio.gather(
         launch.deploy_reference_model(config, base_path, run_id), learner.ready(), pool.start()
     )
     log.event(Event("start", "the reference model", "", f"{config.reference_workers.num_replicas} replica(s) are up"))
+    environment = await learner.numerics()
+    write_json(config.output_dir / "environment.json", versions() | environment)
     progress.note(f"learner: {parameters / 1e6:.0f}M parameters on {config.learner.num_ranks} rank(s)")
     if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
         await prepare_reward_model(config, prompts, pool, progress=progress)
@@ -113,14 +124,15 @@ async def prepare(
         stopping=stopping,
         version=version,
         choosing=version,
+        provenance={"environment": environment, "settings": decisive_settings(config)},
     )
     pool.on_change = lambda event: worker_changed(job, event)
     pool.on_update = lambda: look_again(job)
-    if saved is not None:
-        await recover.restore(job, saved, prompts)
+    if found is not None:
+        restore(job, found, prompts)
         open_work = f"{len(job.queue)} groups in the queue, {len(job.pending)} prompts issued again"
-        cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in problems)))
-        log.event(Event("resume", "the run", cause, f"goes on after step {saved.step}: {open_work}"))
+        cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in found.problems)))
+        log.event(Event("resume", "the run", cause, f"goes on after step {job.version}: {open_work}"))
     return job
 
 
@@ -173,25 +185,6 @@ def ended(error: BaseException | None) -> Event:
 
 def look_again(job: Job) -> None:
     asyncio.get_running_loop().create_task(job.notify())
-
-
-def resumed_checkpoint(
-    config: Config, preflight: Preflight, progress: Progress
-) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and why newer ones were passed over, which is shown too.
-
-    Raises:
-        ConfigError: none is.
-    """
-    if preflight.resume_step is None:
-        return None, []
-    saved, problems = checkpoints.newest_whole(config.output_dir)
-    for problem in problems:
-        progress.warn(f"passed over a damaged checkpoint: {problem}")
-    if saved is None:
-        raise ConfigError(f"output_dir {config.output_dir}: no checkpoint is whole: {problems[0]}")
-    progress.note(f"resuming after step {saved.step}")
-    return saved, problems
 
 
 def render_prompts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -15,10 +16,9 @@ from cluster.leases import Lease
 from cluster.run_log import write_json
 from contracts.clock import now
 from contracts.events import Event
-from contracts.records import SCHEMA_VERSION, Prompt, ScoredRollout, experience_records, experience_table
+from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_table
 from contracts.waiting import NoAnswer
 from learner import checkpoint as checkpoints
-from learner.experience_queue import ScoredGroup
 
 _MIN_BAD = 4  # a share says nothing about a handful
 _MAX_DROPPED_BATCHES = 20  # of groups without variance in a row
@@ -96,6 +96,25 @@ def drop(job: Job, lease: Lease) -> None:
         )
 
 
+def standing(job: Job, step: int) -> dict[str, Any]:
+    """Where the run stands with the batch of `step` chosen and no other: what a resumed run goes on from, as JSON.
+
+    Queued and running groups are in it as expired, and their prompts as the next to be issued.
+    """
+    queued = job.queue.groups
+    leases = job.leases.state()
+    leases["counts"]["expired"] += sum(len(group.samples) for group in queued)
+    prompts = [group.samples[0].rollout.prompt_id for group in queued]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        **job.provenance,
+        "prompts": job.prompts.state(),
+        "leases": leases,
+        "open_prompts": [*prompts, *(prompt.prompt_id for prompt in (*job.leases.open_prompts, *job.pending))],
+    }
+
+
 async def train(job: Job, samples: list[ScoredRollout]) -> dict[str, float]:
     """One step of the learner. Where it gives up, the error says which checkpoint is the last good one."""
     try:
@@ -133,26 +152,10 @@ async def checkpoint(job: Job) -> None:
     job.progress.waiting("")
 
 
-async def restore(job: Job, saved: checkpoints.Checkpoint, prompts: Sequence[Prompt]) -> None:
-    """Put queue, leases and prompt order back as they were; open leases are issued again first."""
-    state = json.loads((saved.state / "run.json").read_text(encoding="utf-8"))
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    job.prompts.restore(state["prompts"])
-    job.pending = [by_id[prompt_id] for prompt_id in state["open_prompts"]]
-    samples = experience_records(pq.read_table(saved.state / "queue.parquet"))
-    groups = [
-        ScoredGroup(group_id, started, tuple(sample for sample in samples if sample.rollout.group_id == group_id))
-        for group_id, started in state["queued"].items()
-    ]
-    job.leases.restore(state["leases"], groups)
-    job.queue.restore(groups)
-    job.last_checkpoint = saved
-
-
 async def evaluation_before(job: Job, evaluate: Callable[[Job], Awaitable[Evaluation]]) -> Evaluation:
     """The evaluation of the initial policy: measured now, or read back on resume."""
     path = job.config.output_dir / "evaluation_before.json"
-    saved = _saved_evaluation(path) if job.last_checkpoint is not None else None
+    saved = _saved_evaluation(path) if job.resumption is not None else None
     if saved is None:
         saved = await evaluate(job)
         write_json(path, record(saved))

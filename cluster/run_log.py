@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -12,26 +13,34 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from cluster import experience_log
 from contracts.events import Event
-from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_records, experience_table
+from contracts.records import SCHEMA_VERSION, ScoredRollout
 
 
 class RunLog:
-    """The files of one run directory. On resume, rows and files past `resume_step` are removed first.
+    """The files of one run directory.
 
-    Events stay: they tell what happened, not what counts.
+    On resume, rows and files past `resume_step` are removed first; of metrics.jsonl rows past `last_row` and of
+    quarantine.jsonl all but the first `quarantined`, where these are given.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int | None, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int | None,
+        tensorboard: bool,
+        last_row: int | None = None,
+        quarantined: int | None = None,
+    ) -> None:
         self.run_dir = run_dir
-        self._experience = run_dir / "experience"
-        self._experience.mkdir(parents=True, exist_ok=True)
+        (run_dir / "experience").mkdir(parents=True, exist_ok=True)
         metrics_path, quarantine_path = run_dir / "metrics.jsonl", run_dir / "quarantine.jsonl"
-        if resume_step is not None:
-            for path in (metrics_path, quarantine_path):
-                _cut_rows(path, resume_step)
+        last_row = resume_step if last_row is None else last_row
+        if resume_step is not None and last_row is not None:
+            _cut_rows(metrics_path, last_row)
+            _cut_rows(quarantine_path, math.inf if quarantined is not None else resume_step, most=quarantined)
             self._cut_back(resume_step)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._quarantine = quarantine_path.open("a", encoding="utf-8")
@@ -41,19 +50,16 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
 
-            purge_step = None if resume_step is None else resume_step + 1
+            purge_step = None if last_row is None else last_row + 1
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
-    def experience(self, step: int, batch: Sequence[ScoredRollout]) -> None:
-        """Write the batch of a step, whole or not at all, before it is trained on."""
-        path = self._experience / f"step-{step:06d}.parquet"
-        partial = path.with_suffix(".partial")
-        pq.write_table(experience_table(batch), partial)
-        os.replace(partial, path)
+    def experience(self, step: int, batch: Sequence[ScoredRollout], state: Mapping[str, Any]) -> None:
+        """Write the batch of a step and where the run stands, whole or not at all, before it is trained on."""
+        experience_log.write(self.run_dir, step, batch, state)
 
     def logged(self, step: int) -> list[ScoredRollout]:
         """The batch of a step, read back."""
-        return experience_records(pq.read_table(self._experience / f"step-{step:06d}.parquet"))
+        return experience_log.batch(self.run_dir, step)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step's row."""
@@ -85,11 +91,18 @@ class RunLog:
             self._board.close()
 
     def _cut_back(self, step: int) -> None:
-        for path in self._experience.glob("step-*.parquet"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
+        for logged in experience_log.steps(self.run_dir):
+            if logged > step:
+                experience_log.path_of(self.run_dir, logged).unlink()
         for partial_folder in (self.run_dir / "checkpoints").glob("*.partial"):
             shutil.rmtree(partial_folder)
+
+
+def metrics_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """The whole rows of metrics.jsonl by step; none where there is no file."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return {int(_step_of(line)): json.loads(line) for line in lines if _step_of(line) < math.inf}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -115,10 +128,11 @@ def _append_lines(path: Path) -> FileIO:
     return file
 
 
-def _cut_rows(path: Path, step: int) -> None:
-    """Remove the rows past `step`. Bytes, because a crash can cut a character in two."""
+def _cut_rows(path: Path, step: float, *, most: int | None = None) -> None:
+    """Remove the rows past `step`, and all but the first `most`. Bytes: a crash can cut a character in two."""
     if path.exists():
-        kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+        whole = [line for line in path.read_bytes().split(b"\n") if _step_of(line) < math.inf]
+        kept = [line for line in whole if _step_of(line) <= step][:most]
         partial = path.with_suffix(".partial")
         partial.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(partial, path)
@@ -129,4 +143,4 @@ def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf

@@ -395,7 +395,7 @@ class SimulatedLog:
         self.tokens = 0
         self.after_step: Callable[[Mapping[str, Any]], None] = lambda row: None
 
-    def experience(self, step: int, batch: Sequence[ScoredRollout]) -> None:
+    def experience(self, step: int, batch: Sequence[ScoredRollout], state: Mapping[str, Any]) -> None:
         for sample in batch:
             ages = [step - 1 - version for version in sample.rollout.weights_versions]
             self.lags[max(ages)] += 1

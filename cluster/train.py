@@ -21,7 +21,7 @@ from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
 from actors.rollout import RolloutRequest
-from cluster import recover
+from cluster import recover, resume
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
 from cluster.leases import Lease
@@ -55,6 +55,7 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
     """Prepare, evaluate, train, evaluate again, report. While it trains, `stopping` ends it early with a checkpoint."""
     async with AsyncExitStack() as stack:
         job = await prepare(config, preflight, progress, stopping, stack)
+        await resume.catch_up(job, publish)
         before = await recover.evaluation_before(job, evaluate)
         name, batch_size = config.algorithm.name.upper(), config.training.batch_size
         progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
@@ -159,8 +160,8 @@ async def learn(job: Job, clock: StepClock) -> None:
     recover.stop_if_too_many_bad(job, len(samples))
     job.bad_reasons.clear()
     job.dropped_in_a_row = 0
-    job.log.experience(job.version + 1, samples)
-    job.leases.trained(batch)
+    job.leases.trained(batch)  # nothing is awaited before the log has it
+    job.log.experience(job.version + 1, samples, recover.standing(job, job.version + 1))
     await job.notify()
     job.progress.waiting(f"the learner: step {job.version + 1}")
     trained = await recover.train(job, samples)
@@ -203,6 +204,7 @@ async def publish(job: Job, version: int) -> dict[str, Any]:
         "broadcast_bytes": update.num_bytes,
         "broadcast_bytes_dense": update.dense_bytes,
         "publish_s": now() - began,
+        "weights_digest": update.digest,
     }
 
 

@@ -161,7 +161,7 @@ _ROLLOUT_FIELDS = tuple(Rollout.__dataclass_fields__)
 
 
 def experience_table(scored: Sequence[ScoredRollout]) -> pa.Table:
-    """One row a trajectory, in the order given."""
+    """One row a trajectory, in the order given. Log-probabilities become float32, as the learner's tensors are."""
     # By column, and the token lists as they are: copying them took the driver more time than all its decisions.
     columns = {name: [getattr(record.rollout, name) for record in scored] for name in _ROLLOUT_FIELDS}
     for name in ("reward", "reward_version", "reference_logprobs"):

@@ -28,6 +28,7 @@ from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.events import Event, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
+from learner.numerics import numerics, threads_of
 from learner.ppo import PPOLearner
 from learner.publish import Publisher, WeightsRefs
 from learner.rank_state import load_state, save_policy, save_policy_adapter, save_state
@@ -87,9 +88,9 @@ class RankFailure(RuntimeError):
 class LearnerRank:
     """One rank: a process with its shard of policy, critic and optimizer."""
 
-    def __init__(self, settings: LearnerSettings, rank: int, size: int, threads: int | None, timeout_s: float) -> None:
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
-        self._settings, self._rank, self._size, self._timeout_s = settings, rank, size, timeout_s
+    def __init__(self, settings: LearnerSettings, workers: LearnerConfig, rank: int, timeout_s: float) -> None:
+        torch.set_num_threads(threads_of(workers))
+        self._settings, self._workers, self._rank, self._timeout_s = settings, workers, rank, timeout_s
         self._learner: PPOLearner | None = None
         # An adapter is a few percent of the weights, and none of its values stays: it is sent whole.
         dense = settings.weights == "dense" or settings.training.lora is not None
@@ -105,7 +106,9 @@ class LearnerRank:
         """Join the others and load the model, and `state` (a checkpoint's folder) into it. Returns its parameters."""
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         host, port = address
-        ranks = join(self._rank, self._size, address=host, port=port, device=device, timeout_s=self._timeout_s)
+        ranks = join(
+            self._rank, self._workers.num_ranks, address=host, port=port, device=device, timeout_s=self._timeout_s
+        )
         settings = self._settings
         self._learner = PPOLearner(
             settings.model_path,
@@ -153,10 +156,16 @@ class LearnerRank:
 
     def save(self, folder: str) -> None:
         """Write `policy/`, with LoRA `policy_adapter/`, and `state/` below `folder`."""
-        tokenizer = AutoTokenizer.from_pretrained(self._settings.model_path)
-        save_policy(self._loaded, Path(folder, "policy"), tokenizer)
+        self.save_policy(folder)
         save_policy_adapter(self._loaded, Path(folder, "policy_adapter"), base=self._settings.model_path)
         save_state(self._loaded, Path(folder, "state"))
+
+    def save_policy(self, folder: str) -> None:
+        """Write `policy/` alone below `folder`."""
+        save_policy(self._loaded, Path(folder, "policy"), AutoTokenizer.from_pretrained(self._settings.model_path))
+
+    def numerics(self) -> dict[str, str]:
+        return numerics(self._workers, threads=torch.get_num_threads())
 
     @ray.method(concurrency_group="health")
     def progress(self) -> int:
@@ -270,6 +279,15 @@ class LearnerGroup:
     async def save(self, folder: Path) -> None:
         await self._repairing("save", (str(folder),), "write a checkpoint", self._deadlines.checkpoint_s)
 
+    async def save_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder `policy/` below `folder`."""
+        await self._repairing("save_policy", (str(folder),), "write its policy", self._deadlines.checkpoint_s)
+
+    async def numerics(self) -> dict[str, str]:
+        """What decides the last bits of a step; where ranks differ, the values of all of them."""
+        answers = await self._repairing("numerics", (), "say what it runs on", self._deadlines.rank_s)
+        return {name: " and ".join(sorted({found[name] for found in answers})) for name in answers[0]}
+
     async def pid(self, rank: int) -> int:
         """The process of a rank."""
         asked, deadline_s = "give its process id", self._deadlines.rank_s
@@ -292,7 +310,7 @@ class LearnerGroup:
                 num_cpus=self._workers.num_cpus,
                 num_gpus=self._workers.num_gpus,
                 runtime_env={"env_vars": training_environment()},
-            ).remote(self._settings, rank, size, self._workers.threads, self._deadlines.rank_s)
+            ).remote(self._settings, self._workers, rank, self._deadlines.rank_s)
             for rank in range(size)
         ]
         start_s = self._deadlines.start_s

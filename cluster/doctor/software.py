@@ -14,17 +14,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster.doctor.finding import Finding
+from contracts.software import installed, processor
 
 MIN_PYTHON, MIN_RAY = (3, 11), "2.50"  # as in pyproject.toml
 _INSTALL = "into a fresh environment: pip install 'headrace[cpu]' or 'headrace[gpu]'"
-
-
-def installed(distribution: str) -> str | None:
-    """Version of a distribution, None where it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str]:
@@ -35,18 +28,9 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **found,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def check_python() -> Finding:

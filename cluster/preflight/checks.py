@@ -24,7 +24,7 @@ class Preflight:
     """What the checks found and the run goes on with.
 
     `model_path` is still what the configuration says (`bundled:` names are converted at loading). `resume_step`
-    is the newest finished checkpoint, None for a fresh run.
+    is the newest finished checkpoint, 0 where there is none yet, None for a fresh run.
     """
 
     train_rows: list[PromptRow]

@@ -35,7 +35,7 @@ _SHOWN_DIFFERENCES = 5
 
 
 def check_output_dir(config: Config) -> tuple[int | None, int]:
-    """The step to resume from (None: a fresh run) and the number of finished checkpoints.
+    """The checkpoint to resume from (0: the initial model; None: a fresh run) and the number of finished checkpoints.
 
     Raises:
         ConfigError: the folder cannot be written, holds another run, or cannot be resumed as configured.
@@ -56,13 +56,8 @@ def check_output_dir(config: Config) -> tuple[int | None, int]:
     if not holds_run:
         raise ConfigError(f"output_dir {folder}: there is no run to resume; start one without resume=true")
     steps = finished_checkpoints(folder)
-    if not steps:
-        raise ConfigError(
-            f"output_dir {folder}: no finished checkpoint (checkpoints/step-*/MANIFEST.json) to resume from; "
-            "remove the folder and start again without resume=true"
-        )
     _check_same_run(config)
-    return steps[-1], len(steps)
+    return (steps[-1] if steps else 0), len(steps)
 
 
 def finished_checkpoints(output_dir: Path) -> list[int]:
@@ -74,7 +69,7 @@ def finished_checkpoints(output_dir: Path) -> list[int]:
 
 def differences(saved: Config, current: Config) -> list[str]:
     """`field: saved -> current` for every setting that differs and may not change on resume."""
-    before, after = _flat(saved.model_dump(mode="json")), _flat(current.model_dump(mode="json"))
+    before, after = flat(saved.model_dump(mode="json")), flat(current.model_dump(mode="json"))
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
@@ -98,7 +93,7 @@ def _may_change(name: str) -> bool:
     return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE_ON_RESUME)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def flat(value: Any, name: str = "") -> dict[str, Any]:
     """Leaves by dotted name; an empty section or list is a leaf."""
     if isinstance(value, dict) and value:
         items = value.items()
@@ -107,4 +102,4 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     else:
         return {name: value}
     prefix = f"{name}." if name else ""
-    return {leaf: entry for key, item in items for leaf, entry in _flat(item, f"{prefix}{key}").items()}
+    return {leaf: entry for key, item in items for leaf, entry in flat(item, f"{prefix}{key}").items()}

@@ -30,7 +30,7 @@ def rows(path):
 def write_steps(run_dir, last):
     writes = log(run_dir)
     for step in range(1, last + 1):
-        writes.experience(step, [scored_rollout(f"t{step}")])
+        writes.experience(step, [scored_rollout(f"t{step}")], {"step": step})
         writes.metrics({"step": step, "reward_mean": 0.5 * step})
     writes.close()
 
@@ -50,7 +50,7 @@ def test_experience_has_the_promised_columns_and_comes_back(tmp_path):
         scored_rollout("t1", response=[2], finish_reason="length", response_text="naïve ☕\u2028"),
     ]
     writes = log(tmp_path)
-    writes.experience(12, batch)
+    writes.experience(12, batch, {})
     writes.close()
     path = tmp_path / "experience" / "step-000012.parquet"
     table = pq.read_table(path)
@@ -65,13 +65,13 @@ def test_experience_has_the_promised_columns_and_comes_back(tmp_path):
 def test_an_experience_file_is_whole_or_not_there(tmp_path, monkeypatch):
     writes = log(tmp_path)
 
-    def full_disk(table, path):
+    def full_disk(table, path, **options):
         path.write_bytes(b"PAR1")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(pq, "write_table", full_disk)
     with pytest.raises(OSError, match="no space"):
-        writes.experience(1, [scored_rollout()])
+        writes.experience(1, [scored_rollout()], {})
     writes.close()
     assert not (tmp_path / "experience" / "step-000001.parquet").exists()
 
@@ -103,7 +103,7 @@ def test_every_step_appears_once_after_resuming(tmp_path):
     write_steps(tmp_path, 5)
     again = log(tmp_path, resume_step=3)
     for step in (4, 5, 6):
-        again.experience(step, [scored_rollout(f"again-{step}")])
+        again.experience(step, [scored_rollout(f"again-{step}")], {})
         again.metrics({"step": step})
     again.close()
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

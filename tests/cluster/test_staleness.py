@@ -8,13 +8,15 @@ sampled it, and each trajectory id its fate, learnt where the fate shows: in the
 """
 
 import asyncio
+import json
 import random
 from collections import Counter
 
 import pytest
 
-from cluster import recover, train
+from cluster import resume, train
 from cluster.leases import LeaseBook
+from cluster.resume import Resumption
 from cluster.simulate import Simulation
 from cluster.simulated import Cluster, Workload
 from cluster.virtual_time import VirtualTime
@@ -116,10 +118,13 @@ class Watch:
                 self.late.add(request.group_id)
                 raise
 
-        def log_experience(step, samples):
-            experience(step, samples)
+        def log_experience(step, samples, state):
+            experience(step, samples, state)
             for sample in samples:
                 self.trained(step, sample)
+            # What a kill after this brings back: what is trained or bad, and nothing of what is open.
+            self.logged_fates = {trajectory: _closed(fate) for trajectory, fate in self.fates.items()}
+            self.logged = Resumption(None, step, step, json.loads(json.dumps(state)))
 
         def log_quarantine(*, trajectory_id, **row):
             quarantine(trajectory_id=trajectory_id, **row)
@@ -163,26 +168,29 @@ class Watch:
         """What a checkpoint of this moment may bring back: what is queued, and the fates that were final."""
         queued = {sample.rollout.trajectory_id for group in self.job.queue.groups for sample in group.samples}
         self.saved = {
-            trajectory: "expired" if fate == "open" and trajectory not in queued else fate
-            for trajectory, fate in self.fates.items()
+            trajectory: fate if trajectory in queued else _closed(fate) for trajectory, fate in self.fates.items()
         }
 
-    def go_back(self):
-        """The run has ended without a word and goes on from its checkpoint."""
-        self.fates = dict(self.saved)
-        self.events["resume"] += 1
+    def go_back(self, found):
+        """The run has ended without a word and goes on from its checkpoint, or from the end of its log."""
+        self.fates = dict(self.saved if found.checkpoint else self.logged_fates)
+        self.events["resume" if found.checkpoint else "replay"] += 1
 
 
-async def one_life(cluster, work, watch, folder, *, saved=None, until=NUM_STEPS):
-    """The run from `saved` on, until it is killed after step `until`; returns its last checkpoint."""
+def _closed(fate):
+    return "expired" if fate == "open" else fate
+
+
+async def one_life(cluster, work, watch, folder, *, found=None, until=NUM_STEPS):
+    """The run from `found` on, until it is killed after step `until`; returns its last checkpoint."""
     async with asyncio.TaskGroup() as tasks:
-        version = saved.step if saved else 0
+        version = found.last_logged if found else 0
         simulation = Simulation(cluster, work, tasks, folder, version=version)
         watch.attach(simulation)
         job = simulation.job
-        if saved is not None:
-            await recover.restore(job, saved, simulation.prompts)
-            watch.go_back()
+        if found is not None:
+            resume.restore(job, found, simulation.prompts)
+            watch.go_back(found)
             watch.audit()
         save = job.learner.save
 
@@ -196,20 +204,28 @@ async def one_life(cluster, work, watch, folder, *, saved=None, until=NUM_STEPS)
         assert job.version == until
         watch.audit()
         watch.events += simulation.pool.events
-    return job.last_checkpoint
+    saved = job.last_checkpoint
+    if saved is None:
+        return None
+    state = json.loads((saved.state / "run.json").read_text(encoding="utf-8"))
+    return Resumption(saved, saved.step, saved.step, state)
 
 
-def simulate(cluster, work, folder, *, max_lag_steps, killed_after=None):
-    """Run one schedule to its end, killed and resumed in between where that is asked for."""
+def simulate(cluster, work, folder, *, max_lag_steps, killed_after=None, from_log=False):
+    """Run one schedule to its end, killed and resumed in between where that is asked for.
+
+    Resumed at its last checkpoint, as if no batch had been logged since, or after its last logged batch.
+    """
 
     async def to_the_end():
         watch = Watch(max_lag_steps)
         try:
             async with asyncio.timeout(SECONDS_ENOUGH):
-                saved = None
+                found = None
                 if killed_after is not None:
-                    saved = await one_life(cluster, work, watch, folder, until=killed_after)
-                await one_life(cluster, work, watch, folder, saved=saved)
+                    found = await one_life(cluster, work, watch, folder, until=killed_after)
+                    found = watch.logged if from_log else found
+                await one_life(cluster, work, watch, folder, found=found)
         except BaseExceptionGroup as group:
             raise next(error for error in _leaves(group) if not isinstance(error, asyncio.CancelledError)) from None
         except TimeoutError:
@@ -242,12 +258,15 @@ def test_no_response_grows_too_old_and_every_run_gets_done(tmp_path, max_lag_ste
         cluster, work = schedule(seed, max_lag_steps=max_lag_steps, group_size=group_size)
         killed_after = None if seed % 4 else 4 + seed % 3
         folder = tmp_path / str(seed)
-        watch = simulate(cluster, work, folder, max_lag_steps=max_lag_steps, killed_after=killed_after)
+        from_log = seed % 8 == 0
+        watch = simulate(
+            cluster, work, folder, max_lag_steps=max_lag_steps, killed_after=killed_after, from_log=from_log
+        )
         events += watch.events
         lags += watch.lags
     # The bound is used, not avoided; and what the schedules are for did happen.
     assert max(lags) == max_lag_steps
-    wanted = ("trained", "expired", "quarantined", "death", "preemption", "reissue", "resume")
+    wanted = ("trained", "expired", "quarantined", "death", "preemption", "reissue", "resume", "replay")
     assert min(events[name] for name in wanted) > 0, events
 
 

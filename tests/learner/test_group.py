@@ -5,7 +5,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster import experience_log
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.events import Event
@@ -83,15 +84,22 @@ async def group(
         chosen,
         LearnerConfig(num_ranks=ranks, num_cpus=0.1, threads=1),
         DeadlinesConfig(rank_s=rank_s),
-        logged=batch,
         on_change=(notes if notes is not None else []).append,
-        **options,  # type: ignore[arg-type]
+        **({"logged": batch} | options),  # type: ignore[arg-type]
     )
     await made.ready()
     try:
         yield made
     finally:
         made.stop()
+
+
+def logged(run_dir: Path) -> Callable[[int], list[ScoredRollout]]:
+    """The batches as a run's experience log gives them back."""
+    (run_dir / "experience").mkdir()
+    for step in range(1, STEPS + 1):
+        experience_log.write(run_dir, step, batch(step), {})
+    return lambda step: experience_log.batch(run_dir, step)
 
 
 async def trained(made: LearnerGroup, first: int = 1, last: int = STEPS) -> list[dict[str, float]]:
@@ -163,11 +171,11 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two(one_rank, tiny_model: Path, tmp
 def test_a_lost_rank_is_named_and_no_batch_is_lost(
     two_ranks, tiny_model: Path, tmp_path: Path, run: RunCoroutine, end: signal.Signals
 ) -> None:
-    """Killed or frozen in step 3, with a checkpoint of step 1: the same bits come out."""
+    """Killed or frozen in step 3, with a checkpoint of step 1: the same bits come out, from batches read back."""
     notes: list[Event] = []
 
     async def disturbed() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        async with group(2, settings(tiny_model), notes=notes, rank_s=4.0) as made:
+        async with group(2, settings(tiny_model), notes=notes, rank_s=4.0, logged=logged(tmp_path)) as made:
             metrics = await trained(made, last=1)
             await made.save(tmp_path)
             made.checkpointed(1, tmp_path / "state")
