@@ -102,6 +102,31 @@ def export(
     print(f"wrote {export_policy(checkpoint, to)}")
 
 
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a run, for example runs/quickstart")],
+    step: Annotated[int, typer.Option(min=1, help="whose weights to compute again")],
+    to: Annotated[Path | None, typer.Option(help="folder to write; default: RUN_DIR/replay/step-NNNNNN")] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Compute the weights of a step again, bit for bit, from a checkpoint and the logged batches after it.
+
+    Refused where versions, processor, threads, ranks or settings are not those of the run.
+    """
+    config = configuration.load(run / "config.yaml", overrides or ())
+    if config.ray.address is None:
+        stay_on_loopback()
+    from cluster.progress import Progress
+    from cluster.replay import replay_run, replay_settings
+
+    settings, problems = replay_settings(config, run, step, to)
+    with Progress(0) as progress:
+        told, stopped = run_until_signal(lambda stopping: replay_run(settings, problems, progress))
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+    print("\n".join(told))
+
+
 def run_until_signal(
     start: Callable[[StopRequest], Coroutine[Any, Any, Any]],
 ) -> tuple[Any, int | None]:
@@ -143,8 +168,8 @@ def run_until_signal(
 
 def how_to_continue(output_dir: Path, config: Path, outcome: Any) -> str:
     """What to do after a run was stopped."""
-    if outcome is None and not any((output_dir / "checkpoints").glob("step-*/MANIFEST.json")):
-        return f"stopped before the first checkpoint; start again after removing {output_dir}"
+    if outcome is None and not (output_dir / "config.yaml").exists():
+        return "stopped before anything was written; start again"
     where = f"after step {outcome.step}" if outcome is not None else "at once"
     return f"stopped {where}; continue with: headrace train {config} resume=true"
 

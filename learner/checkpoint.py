@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -85,10 +86,10 @@ def verify(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{path}: differs from the manifest")
 
 
-def newest_whole(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over."""
+def newest_whole(run_dir: Path, *, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a step below `before` that verifies, and why newer ones were passed over."""
     problems = []
-    for checkpoint in reversed(finished(run_dir)):
+    for checkpoint in reversed([each for each in finished(run_dir) if each.step < before]):
         try:
             verify(checkpoint)
         except ValueError as error:

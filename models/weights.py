@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from contracts.records import WeightsUpdate
@@ -38,6 +40,22 @@ def from_wire(tensors: WireTensors) -> dict[str, Tensor]:
 def digest(tensors: Tensors) -> str:
     """BLAKE3 over names, dtypes, shapes and bits in order of the names: equal digests, equal weights."""
     return digest_of_state((spec_of(name, each), digest_of_bits(bits_of(each))) for name, each in tensors.items())
+
+
+def folder_digest(folder: Path) -> str:
+    """`digest` of the tensors in a Hugging Face folder.
+
+    Raises:
+        ValueError: it holds no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: holds no *.safetensors")
+    return digest_of_state(
+        (spec_of(name, tensor), digest_of_bits(bits_of(tensor)))
+        for file in files
+        for name, tensor in load_file(file).items()
+    )
 
 
 @dataclass(frozen=True)

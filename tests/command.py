@@ -105,6 +105,12 @@ class Command:
     def terminate(self) -> None:
         self._popen.terminate()
 
+    def kill(self) -> None:
+        """kill -9 of the driver, and of what it leaves."""
+        self._popen.kill()
+        self._popen.wait(30)
+        self.processes.wait_gone(0)
+
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for `condition`; fails with the command's output when it ends first or the deadline passes."""
         expires = time.monotonic() + DEADLINE_S

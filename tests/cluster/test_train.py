@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.cli import main
 from cluster.preflight.run_folder import finished_checkpoints
 from learner import checkpoint as checkpoints
+from models.weights import digest
 from tests.command import Command, rows
 
 # A reward function lives in the user's working directory. What it raises is the reason for quarantine.
@@ -372,6 +374,21 @@ def test_export_copies_a_policy_that_loads(finished: Finished, tmp_path: Path) -
         assert torch.equal(tensor, exported.state_dict()[name])
 
 
+def test_replay_gives_the_weights_of_an_asynchronous_run_bit_for_bit(finished: Finished, tmp_path: Path) -> None:
+    """From the checkpoint of step 16: sampled a version behind, on a rollout actor and on the one that replaced it."""
+    with Command("replay", finished.run_dir, "--step", str(STEPS), "--to", tmp_path / "again", cwd=tmp_path) as command:
+        assert command.status() == 0, command.output
+        assert command.processes.wait_gone() == []
+    assert "4 of 4 steps checked against the digests of what the run published: equal" in command.output
+    assert f"equal to {finished.run_dir}/checkpoints/step-{STEPS:06d}" in command.output
+    replayed = load_file(tmp_path / "again" / "model.safetensors")
+    saved = load_file(finished.run_dir / "checkpoints" / f"step-{STEPS:06d}" / "policy" / "model.safetensors")
+    assert replayed.keys() == saved.keys()
+    assert all(torch.equal(replayed[name].view(torch.int16), each.view(torch.int16)) for name, each in saved.items())
+    assert digest(saved) == rows(finished.run_dir / "metrics.jsonl")[-1]["weights_digest"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template
+
+
 @pytest.fixture(scope="module")
 def on_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """max_lag_steps 0, a reward model from a preference file beside a function, nothing held out, adaptive KL."""
@@ -508,7 +525,7 @@ def test_ctrl_c_while_models_load_ends_at_once(tiny_model: Path, tmp_path: Path)
     assert ended.status == 130, ended.output
     assert ended.left == []
     assert (ended.metrics, ended.checkpoints) == (b"", [])
-    assert ended.output.splitlines()[-1] == "stopped before the first checkpoint; start again after removing run"
+    assert ended.output.splitlines()[-1] == "stopped at once; continue with: headrace train config.yaml resume=true"
     assert "Traceback" not in ended.output
 
 
@@ -608,7 +625,7 @@ def test_wrong_files_of_other_commands_are_named(
     assert err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("command", ["", "train", "doctor", "eval", "export"])
+@pytest.mark.parametrize("command", ["", "train", "doctor", "eval", "export", "replay"])
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = headrace(capsys, *filter(None, [command]), "--help")
     assert status == 0
