@@ -268,6 +268,7 @@ def simulate(cluster: Cluster, work: Workload) -> Result:
         return simulation.result()
 
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=VirtualTime) as runner:
+        configuration(work, Path(folder))  # a task group would wrap what it raises
         return runner.run(to_the_end(Path(folder)))
 
 
