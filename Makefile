@@ -31,7 +31,7 @@ train: install  ## the quickstart: reward model from simulated votes, then PPO (
 test: install  ## the tests, at most 15 minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install  ## the tests that load the bundled 135M model
+test-slow: install  ## the long tests: whole runs that are killed, the bundled 135M model, LoRA engines
 	$(BIN)/python -m pytest -m slow
 
 check: install  ## lint, format, types, import layers
