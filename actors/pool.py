@@ -245,13 +245,12 @@ class RolloutPool:
         """Take a worker out at once and start another in the background."""
         if worker not in self._roster:
             return
-        held = self._roster.load(worker)
         self._roster.remove(worker)
         if worker.update is not None:
             worker.update.cancel()
         ray.kill(worker.handle)
         self._deaths_in_a_row += 1
-        consequence = f"its {held} requests go to others, another is started"
+        consequence = "its requests go to others, another is started"
         if self._deaths_in_a_row > self._max_deaths_in_a_row:
             consequence = "none is started any more"
         self.on_change(Event("death", worker.actor_id, first_line(error), consequence, worker.node))

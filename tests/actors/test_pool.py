@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +73,7 @@ async def kill_while_generating(pool: RolloutPool, worker: Worker, whose: Any) -
     """What 16 requests came to when a process of their worker was killed; (outcomes, the worker's processes)."""
     pids = [await ask(worker.handle, question) for question in (actor_process, engine_core_process)]
     victim = await ask(worker.handle, whose)
+    assert pool.reserve(16) is worker
     requests = [
         asyncio.ensure_future(pool.generate(worker, request(f"lost-{i}", seed=i), deadline_s=120)) for i in range(16)
     ]
@@ -117,7 +117,7 @@ def test_a_worker_that_dies_is_replaced_by_one_with_the_newest_weights(
     assert worker.actor_id in str(lost[0])
     death, rollover, restart = events
     assert (death.event, death.who, death.node) == ("death", worker.actor_id, "127.0.0.1")
-    assert re.fullmatch(r"its ([1-9]|1[0-6]) requests go to others, another is started", death.consequence)
+    assert death.consequence == "its requests go to others, another is started"
     assert (rollover.event, rollover.who) == ("rollover", pool.workers[0].actor_id)
     assert rollover.cause.startswith("keyframe of ")
     assert restart == Event(
