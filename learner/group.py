@@ -420,6 +420,9 @@ class LearnerGroup:
                 name = self._name(number)
                 try:
                     passes.append(await answer(rank.progress.remote(), who=name, asked=asked, deadline_s=silent_s))
+                except RayActorError as error:  # heard here before the call that it died in fails
+                    what = f"died while asked to {asked}: {first_line(error)}"
+                    raise RankFailure(name, what, self._where(number)) from error
                 except NoAnswer as error:
                     what = f"has not answered for {silent_s:g} s while asked to {asked}"
                     raise RankFailure(name, what, self._where(number)) from error
