@@ -97,7 +97,7 @@ async def gone(pids: list[int]) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("whose", [actor_process, engine_core_process])
+@pytest.mark.parametrize("whose", [actor_process, pytest.param(engine_core_process, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_is_replaced_by_one_with_the_newest_weights(
     pool: RolloutPool, newest_model: Path, run: RunCoroutine, events: list[Event], whose: Any
 ) -> None:

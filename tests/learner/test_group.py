@@ -147,6 +147,7 @@ def test_two_ranks_give_what_one_gives(one_rank, two_ranks) -> None:
     assert changed < 0.01 * sum(tensor.numel() for tensor in expected.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_rank_goes_on_on_two(one_rank, tiny_model: Path, tmp_path: Path, run: RunCoroutine) -> None:
     metrics, _ = one_rank
 

@@ -59,7 +59,7 @@ class Rig:
         return load_file(self.folders[seed] / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp(request.param)
     tied = request.param == "tied"
@@ -351,6 +351,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_engine_core_ends_with_a_killed_owner(tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "model", tied=True)
     (tmp_path / "owner.py").write_text(OWNER)
