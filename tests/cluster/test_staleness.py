@@ -24,7 +24,7 @@ from contracts.waiting import NoAnswer
 from learner.experience_queue import StalenessBound
 
 NUM_STEPS = 10
-NUM_SCHEDULES = 40  # for each lag and group size
+NUM_SCHEDULES = 80  # for each lag and group size
 SECONDS_ENOUGH = 100_000.0  # virtual; a schedule takes some thousands
 
 
