@@ -164,12 +164,14 @@ def curves(arguments: argparse.Namespace) -> None:
 
 def readers(_: argparse.Namespace) -> None:
     """One put of the whole weights, read by several actors of this machine at once."""
+    from cluster.loopback import stay_on_loopback
+
+    stay_on_loopback()  # before ray is imported
+
     import ray
 
-    from cluster.loopback import stay_on_loopback
     from models.bundled import resolve
 
-    stay_on_loopback()
     ray.init(address="local", num_cpus=max(READERS), include_dashboard=False, log_to_driver=False)
     try:
         frames = weights_frames(resolve(MODEL))
