@@ -38,6 +38,7 @@ PROMPTS = "examples/prompts/chitchat.jsonl"
 BATCH, GROUP, NEW_TOKENS = 32, 4, 48  # of `overlap`
 LEARNER = "ray::LearnerRank"  # process title
 READERS = (1, 2, 4, 8)
+DEADLINE_S = 120.0
 
 Rows = list[dict[str, Any]]
 
@@ -185,9 +186,9 @@ def readers(_: argparse.Namespace) -> None:
         print("| ---: | ---: | ---: |")
         for count in READERS:
             actors: list[Any] = [reader.remote() for _ in range(count)]
-            ray.get([actor.read.remote(refs[:1]) for actor in actors])  # started, imports done
+            ray.get([actor.read.remote(refs[:1]) for actor in actors], timeout=DEADLINE_S)  # started, imports done
             began = time.perf_counter()
-            private = ray.get([actor.read.remote(refs) for actor in actors])
+            private = ray.get([actor.read.remote(refs) for actor in actors], timeout=DEADLINE_S)
             seconds = time.perf_counter() - began
             print(f"| {count} | {seconds:.2f} | {max(private) / 1e6:.0f} |")
             for actor in actors:
@@ -204,7 +205,7 @@ class Reader:
         import ray
 
         before = psutil.Process().memory_full_info().uss
-        frames = ray.get(refs)
+        frames = ray.get(refs, timeout=DEADLINE_S)
         total = sum(int(frame.view("uint8").sum()) for frame in frames)
         grown = psutil.Process().memory_full_info().uss - before
         return grown if total else 0
