@@ -1,9 +1,10 @@
 """Samples per second of a real run, and where its seconds go: generating, scoring, learning, broadcasting, waiting.
 
     python -m benchmarks.throughput [--config examples/quickstart.yaml] [--steps 8] [--lags 0 1] [key=value ...]
+    python -m benchmarks.throughput --runs runs/quickstart
 
-Trains on the configured model with the real parts and reads the run's own metrics.jsonl. The first step is left
-out: it pays for memory and compiled kernels once. Prints a Markdown table.
+Trains on the configured model with the real parts, or takes runs that are there, and reads their metrics.jsonl. The
+first step is left out: it pays for memory and compiled kernels once. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -35,10 +36,17 @@ def main() -> None:
     parser.add_argument("--config", default="examples/quickstart.yaml")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1], help="max_lag_steps values to compare")
+    parser.add_argument("--runs", type=Path, nargs="+", help="run directories to read instead of training")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    results = {lag: run(arguments.config, arguments.steps, lag, arguments.overrides) for lag in arguments.lags}
-    print(report(results, arguments))
+    if arguments.runs:
+        results = {str(folder): later_rows(folder) for folder in arguments.runs}
+    else:
+        overrides = arguments.overrides
+        results = {
+            f"max_lag_steps {lag}": run(arguments.config, arguments.steps, lag, overrides) for lag in arguments.lags
+        }
+    print(report(results))
 
 
 def run(config: str, steps: int, lag: int, overrides: list[str]) -> list[dict[str, Any]]:
@@ -54,19 +62,24 @@ def run(config: str, steps: int, lag: int, overrides: list[str]) -> list[dict[st
             *overrides,
         ]
         subprocess.run([sys.executable, "-m", "cluster.cli", "train", config, *settings], check=True)
-        lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return later_rows(Path(folder, "run"))
+
+
+def later_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl after the first."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines][1:]
 
 
-def report(results: dict[int, list[dict[str, Any]]], arguments: argparse.Namespace) -> str:
-    """A Markdown table: one column a lag, medians over steps."""
-    columns = " | ".join(f"max_lag_steps {lag}" for lag in results)
+def report(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table: one column a run, medians over steps."""
+    steps = " and ".join(sorted({str(len(rows)) for rows in results.values()}))
     lines = [
         ", ".join(f"{name} {value}" for name, value in versions().items()),
         "",
-        f"`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`, {arguments.steps} steps, the first left out",
+        f"`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`, {steps} steps after the first",
         "",
-        f"| median over steps | {columns} |",
+        f"| median over steps | {' | '.join(results)} |",
         "| --- |" + " ---: |" * len(results),
         _row("samples per second", results, "samples_per_s"),
         _row("step, seconds", results, "step_s"),
@@ -78,7 +91,7 @@ def report(results: dict[int, list[dict[str, Any]]], arguments: argparse.Namespa
     return "\n".join(lines)
 
 
-def _row(label: str, results: dict[int, list[dict[str, Any]]], key: str) -> str:
+def _row(label: str, results: dict[str, list[dict[str, Any]]], key: str) -> str:
     cells = (f"{statistics.median(row[key] for row in rows):.2f}" for rows in results.values())
     return f"| {label} | {' | '.join(cells)} |"
 
