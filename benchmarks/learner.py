@@ -66,7 +66,7 @@ MEMORY = (
 
 
 def main() -> None:
-    from learner.group import training_environment
+    from learner.rank import training_environment
 
     if os.environ.get(STARTED_AGAIN) is None:  # read by the C library before Python starts
         environment = os.environ | training_environment() | {STARTED_AGAIN: "1"}

@@ -28,7 +28,8 @@ from contracts.events import Event
 from contracts.records import ScoredRollout
 from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
-from learner.group import LearnerGroup, LearnerSettings
+from learner.group import LearnerGroup
+from learner.rank import LearnerSettings
 from models import bundled
 
 

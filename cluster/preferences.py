@@ -27,7 +27,7 @@ from contracts.waiting import answer
 from feedback.formats import read_preferences, write_preferences
 from feedback.quality import Aggregate, comparisons, dawid_skene
 from feedback.simulate import Pair, simulate_votes
-from learner.group import training_environment
+from learner.rank import training_environment
 from learner.reward_model import RewardModelReport, train_reward_model
 
 

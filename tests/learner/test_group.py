@@ -20,7 +20,8 @@ from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.events import Event
 from contracts.records import ScoredRollout
-from learner.group import LearnerGroup, LearnerSettings, RankFailure
+from learner.group import LearnerGroup, RankFailure
+from learner.rank import LearnerSettings
 from models.weight_stream import read_tensors
 from tests.command import Processes
 from tests.conftest import RunCoroutine

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from contracts.events import Event
-from learner.group import LearnerSettings
 from learner.publish import Publisher
+from learner.rank import LearnerSettings
 from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
 from models.weights import digest
 from tests.command import Processes
