@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from transformers import AutoModelForCausalLM
 
 from actors.applications import run_application
+from actors.replicas import ask, health_checks
 from contracts.config import ReplicaConfig
-from contracts.waiting import answer
 from models.forward import check_supported, response_logprobs
 from models.packing import allow_packing, pack, pad, why_not_packed
 
@@ -65,9 +64,10 @@ class ReferenceReplica:
 class ReferenceModel:
     """Caller's side of the deployment."""
 
-    def __init__(self, handle: DeploymentHandle, *, deadline_s: float) -> None:
+    def __init__(self, handle: DeploymentHandle, *, deadline_s: float, application: str) -> None:
         self._handle = handle
         self._deadline_s = deadline_s
+        self.application = application
 
     async def logprobs(self, prompt_tokens: list[int], response_tokens: list[int]) -> list[float]:
         """One log-probability per response token, at the sampling temperature.
@@ -76,16 +76,9 @@ class ReferenceModel:
             NoAnswer: no replica answered in time.
         """
         request = ReferenceRequest(prompt_tokens, response_tokens)
-        try:
-            return await self._ask(request)
-        except RayActorError:  # its replica died; replicas hold no state, so asking again is safe
-            return await self._ask(request)
-
-    async def _ask(self, request: ReferenceRequest) -> list[float]:
-        response = self._handle.logprobs.remote(request)
-        asked = "give reference log-probabilities"
-        logprobs: list[float] = await answer(
-            response, who="the reference model", asked=asked, deadline_s=self._deadline_s
+        who, asked = "the reference model", "give reference log-probabilities"
+        logprobs: list[float] = await ask(
+            lambda: self._handle.logprobs.remote(request), who=who, asked=asked, deadline_s=self._deadline_s
         )
         return logprobs
 
@@ -99,6 +92,7 @@ async def deploy_reference(
     temperature: float,
     start_s: float,
     score_s: float,
+    health_s: float = 10.0,
 ) -> ReferenceModel:
     """Start the replicas and wait until all are healthy."""
     deployment: Any = serve.deployment(
@@ -107,7 +101,8 @@ async def deploy_reference(
         num_replicas=replicas.num_replicas,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         max_ongoing_requests=4 * replicas.max_batch_size,
-        health_check_timeout_s=60,
+        **health_checks(health_s),
     )
     app = deployment.bind(replicas, path, dtype, temperature)
-    return ReferenceModel(await run_application(app, application, start_s=start_s), deadline_s=score_s)
+    handle = await run_application(app, application, start_s=start_s)
+    return ReferenceModel(handle, deadline_s=score_s, application=application)

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from actors.applications import run_application
+from actors.replicas import ask, health_checks
 from contracts.config import ReplicaConfig, RewardConfig
 from contracts.records import Prompt
-from contracts.waiting import answer
 from models.reward import RewardModel
 
 
@@ -143,15 +142,9 @@ class RewardHandle:
     application: str
 
     async def score(self, request: ScoreRequest, *, deadline_s: float) -> Score:
-        """One score. A request whose replica died is sent again once: replicas hold no state."""
-        try:
-            return await self._ask(request, deadline_s)
-        except RayActorError:
-            return await self._ask(request, deadline_s)
-
-    async def _ask(self, request: ScoreRequest, deadline_s: float) -> Score:
+        """One score. A request whose replica died is sent again: replicas hold no state."""
         who, asked = f"reward component {self.config.name}", "score a response"
-        score: Score = await answer(self.handle.score.remote(request), who=who, asked=asked, deadline_s=deadline_s)
+        score: Score = await ask(lambda: self.handle.score.remote(request), who=who, asked=asked, deadline_s=deadline_s)
         return score
 
 
@@ -193,13 +186,14 @@ async def deploy_reward(
     dtype: str,
     max_tokens: int,
     start_s: float,
+    health_s: float = 10.0,
 ) -> RewardHandle:
     """Start a component's replicas and wait until all are healthy."""
     options: dict[str, Any] = {
         "num_replicas": replicas.num_replicas,
         "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         "max_ongoing_requests": 4 * replicas.max_batch_size,
-        "health_check_timeout_s": 60,
+        **health_checks(health_s),
     }
     if component.function is not None:
         options["ray_actor_options"]["num_gpus"] = 0

@@ -25,15 +25,23 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def write(run_dir: Path, step: int, batch: Sequence[ScoredRollout], state: Mapping[str, Any]) -> None:
-    """The batch of a step and the run's `state` (JSON), durable when this returns."""
+    """The batch of a step and the run's `state` (JSON), durable when this returns.
+
+    Raises:
+        OSError: it is not written, nor is a part of it.
+    """
     table = experience_table(batch)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _STATE: json.dumps(state).encode()})
     path = path_of(run_dir, step)
     partial = path.with_suffix(".partial")
-    pq.write_table(table, partial, write_page_checksum=True)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        pq.write_table(table, partial, write_page_checksum=True)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def batch(run_dir: Path, step: int) -> list[ScoredRollout]:

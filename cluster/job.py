@@ -52,6 +52,7 @@ class Job:
     expired_in_a_row: int = 0
     dropped_in_a_row: int = 0
     last_checkpoint: Checkpoint | None = None
+    checkpoint_overdue: bool = False  # the disk had no room for it: tried again after each step
     resumption: Resumption | None = None  # None: a fresh run
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits

@@ -171,6 +171,7 @@ async def deploy_components(
                 dtype=config.model.dtype,
                 max_tokens=config.model.max_context_tokens,
                 start_s=config.deadlines.start_s,
+                health_s=config.deadlines.health_s,
             )
             for component in components
         )
@@ -187,6 +188,7 @@ async def deploy_reference_model(config: Config, model_path: str, run_id: str) -
         temperature=config.sampling.temperature,
         start_s=config.deadlines.start_s,
         score_s=config.deadlines.score_s,
+        health_s=config.deadlines.health_s,
     )
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors import replicas
 from actors.pool import WorkerLost
 from cluster.evaluate import Evaluation, from_record, record
 from cluster.job import Job
 from cluster.leases import Lease
 from cluster.run_log import write_json
 from contracts.clock import now
+from contracts.disk import DiskFull, is_full, room
 from contracts.events import Event
 from contracts.records import SCHEMA_VERSION, ScoredRollout, experience_table
 from contracts.waiting import NoAnswer
 from learner import checkpoint as checkpoints
 
 _MIN_BAD = 4  # a share says nothing about a handful
+_LOOK_AGAIN_S = 5.0  # whether the disk has room
 _MAX_DROPPED_BATCHES = 20  # of groups without variance in a row
 
 
@@ -51,6 +56,22 @@ async def lease_failed(job: Job, lease: Lease, errors: Sequence[BaseException]) 
         await job.notify()
     elif lease.attempt >= limit:
         raise RuntimeError(f"{lease.group_id} lost its worker {lease.attempt} times; the last: {errors[0]}")
+
+
+async def watch_replicas(job: Job) -> None:
+    """Log the deaths and restarts of replicas; end the run when those of a component keep failing to start."""
+    components = (*job.rewards.handles, *job.judges.handles)
+    applications = {handle.application: f"reward component {handle.config.name}" for handle in components}
+
+    def changed(event: Event) -> None:
+        job.log.event(event)
+        job.progress.note(f"{event.who}: {event.cause if event.event == 'death' else event.consequence}")
+
+    await replicas.watch(
+        applications | {job.reference.application: "the reference model"},
+        on_event=changed,
+        deadline_s=job.config.deadlines.score_s,
+    )
 
 
 async def quarantine(job: Job, lease: Lease, trajectory_id: str, *, reason: str, response: str = "") -> None:
@@ -125,11 +146,79 @@ async def train(job: Job, samples: list[ScoredRollout]) -> dict[str, float]:
         raise ArithmeticError(f"{str(error).strip().splitlines()[-1]}; {where}") from error
 
 
+async def written(job: Job, what: str, write: Callable[[], None]) -> None:
+    """Call `write` until the disk has room for `what`, saying so meanwhile: nothing is trained that is not logged.
+
+    Raises:
+        DiskFull: nobody made room within `deadlines.disk_s`, or before the run was asked to stop.
+    """
+    began, said = now(), False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            waited_s, disk_s = now() - began, job.config.deadlines.disk_s
+            wanted = f"no room for {what}: {room(job.config.output_dir)}"
+            if waited_s > disk_s or job.stopping.is_set():
+                why = "the run was asked to stop" if job.stopping.is_set() else f"deadlines.disk_s {disk_s:g}"
+                again = "none of it is lost: make room and continue with resume=true"
+                raise DiskFull(f"{wanted}; waited {waited_s:.0f} s ({why}); {again}") from error
+        if not said:
+            job.progress.warn(f"{wanted}; waiting for up to {disk_s:g} s")
+            job.log.event(Event("disk_full", "the run", wanted, f"waits for room, {disk_s:g} s at most"))
+            said = True
+        job.progress.waiting(f"room on the disk, since {waited_s:.0f} s: {wanted}")
+        await asyncio.sleep(min(_LOOK_AGAIN_S, disk_s / 4))
+
+
+async def checkpoint_or_later(job: Job) -> None:
+    """A checkpoint; where the disk has no room for it, the run goes on and it is tried again after the next step."""
+    try:
+        await checkpoint(job)
+    except DiskFull as full:
+        if not job.checkpoint_overdue:
+            last = f"{job.last_checkpoint.path.name} stays the newest" if job.last_checkpoint else "there is none yet"
+            consequence = f"{last}; the run goes on and tries again after each step"
+            job.progress.warn(f"{full}; {consequence}")
+            job.log.event(Event("disk_full", "the learner", str(full), consequence))
+        job.checkpoint_overdue = True
+
+
 async def checkpoint(job: Job) -> None:
-    """Write a checkpoint of the published version; nothing counts before its manifest is written."""
+    """Write a checkpoint of the published version; nothing counts before its manifest is written.
+
+    Raises:
+        DiskFull: there is no room. Nothing of it is left, and older ones stay.
+    """
     step, run_dir, began = job.version, job.config.output_dir, now()
     job.progress.waiting(f"checkpoint of step {step}")
-    folder = checkpoints.begin(run_dir, step)
+    folder = checkpoints.folder_of(run_dir, step)
+    needed_bytes = checkpoints.size_bytes(job.last_checkpoint) if job.last_checkpoint else None
+    try:
+        if needed_bytes is not None and shutil.disk_usage(run_dir).free < needed_bytes:
+            raise DiskFull("it would not fit")  # known before gigabytes are written
+        await _write_checkpoint(job, step)
+    except OSError as error:
+        checkpoints.discard(folder)
+        if not is_full(error):
+            raise
+        raise DiskFull(
+            f"no room for the checkpoint of step {step}: {room(run_dir, needed_bytes=needed_bytes)}"
+        ) from error
+    finally:
+        job.progress.waiting("")
+    every = job.config.checkpoint.every_steps
+    cause = f"every {every} steps" if step % every == 0 else "the run ends"
+    cause = "there was no room for it before" if job.checkpoint_overdue else cause
+    job.checkpoint_overdue = False
+    consequence = f"{folder.stem} is whole, written in {now() - began:.1f} s"
+    job.log.event(Event("checkpoint", "the learner", cause, consequence))
+
+
+async def _write_checkpoint(job: Job, step: int) -> None:
+    folder = checkpoints.begin(job.config.output_dir, step)
     groups = job.queue.groups
     state = {
         "schema_version": SCHEMA_VERSION,
@@ -145,11 +234,6 @@ async def checkpoint(job: Job) -> None:
     await job.learner.save(folder.resolve())
     job.last_checkpoint = checkpoints.finish(folder, step, keep=job.config.checkpoint.keep)
     job.learner.checkpointed(step, job.last_checkpoint.state.resolve())
-    every = job.config.checkpoint.every_steps
-    cause = f"every {every} steps" if step % every == 0 else "the run ends"
-    consequence = f"{job.last_checkpoint.path.name} is whole, written in {now() - began:.1f} s"
-    job.log.event(Event("checkpoint", "the learner", cause, consequence))
-    job.progress.waiting("")
 
 
 async def evaluation_before(job: Job, evaluate: Callable[[Job], Awaitable[Evaluation]]) -> Evaluation:

@@ -126,11 +126,15 @@ async def catch_up(job: Job, publish: Callable[[Job, int], Awaitable[dict[str, A
         reason = _differs(step, rows.get(step), row, state, job.provenance)
         reasons += [reason] if reason else []
         if step > found.last_row:
-            job.log.metrics(row | _fates(state))
+            await _log_metrics(job, step, row | _fates(state))
         job.progress.step(rows.get(step, row))
     if reasons:
         job.progress.warn(f"{reasons[0]}; the run goes on from the weights that it has now")
-        await recover.checkpoint(job)
+        await recover.checkpoint_or_later(job)
+
+
+async def _log_metrics(job: Job, step: int, row: Mapping[str, Any]) -> None:
+    await recover.written(job, f"the metrics of step {step}", lambda: job.log.metrics(row))
 
 
 def _differs(

@@ -6,20 +6,25 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from cluster import experience_log
+from cluster.json_lines import JsonLines
+from contracts.disk import is_full
 from contracts.events import Event
 from contracts.records import SCHEMA_VERSION, ScoredRollout
 
 
 class RunLog:
     """The files of one run directory.
+
+    Where the disk is full, `experience` and `metrics` raise the OSError, leave nothing half-written, and may be called
+    again; quarantine rows and events wait in memory for the next of these calls, which writes them first.
 
     On resume, rows and files past `resume_step` are removed first; of metrics.jsonl rows past `last_row` and of
     quarantine.jsonl all but the first `quarantined`, where these are given.
@@ -42,10 +47,11 @@ class RunLog:
             _cut_rows(metrics_path, last_row)
             _cut_rows(quarantine_path, math.inf if quarantined is not None else resume_step, most=quarantined)
             self._cut_back(resume_step)
-        self._metrics = metrics_path.open("a", encoding="utf-8")
-        self._quarantine = quarantine_path.open("a", encoding="utf-8")
+        self._metrics = JsonLines(metrics_path, synced=True)
+        self._quarantine = JsonLines(quarantine_path, synced=True)
         self._step = resume_step or 0  # the last that has finished
-        self._events = _append_lines(run_dir / "events.jsonl")
+        # Not synced to disk: it is not for a machine that crashes, and an event may come for each engine and version.
+        self._events = JsonLines(run_dir / "events.jsonl", synced=False)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
@@ -55,6 +61,8 @@ class RunLog:
 
     def experience(self, step: int, batch: Sequence[ScoredRollout], state: Mapping[str, Any]) -> None:
         """Write the batch of a step and where the run stands, whole or not at all, before it is trained on."""
+        self._quarantine.flush()
+        self._events.flush()
         experience_log.write(self.run_dir, step, batch, state)
 
     def logged(self, step: int) -> list[ScoredRollout]:
@@ -63,39 +71,62 @@ class RunLog:
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step's row."""
-        _append(self._metrics, row)
+        self._events.flush()
+        self._metrics.append(row)
         self._step = row["step"]
         if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, row["step"])
-            self._board.flush()
+            try:
+                self._show(row)
+            except OSError as error:  # it shows what metrics.jsonl has, and is not worth waiting for
+                if not is_full(error):
+                    raise
+                print("TensorBoard found no room on the disk and ends here; metrics.jsonl goes on", file=sys.stderr)
+                self._board = None
 
     def quarantine(self, *, step: int, trajectory_id: str, prompt_id: str, reason: str, response: str) -> None:
         """Keep a bad trajectory with the reason; it is not trained on."""
         row = {"trajectory_id": trajectory_id, "prompt_id": prompt_id, "step": step, "reason": reason}
-        _append(self._quarantine, row | {"response": response, "schema_version": SCHEMA_VERSION})
+        self._quarantine.keep(row | {"response": response, "schema_version": SCHEMA_VERSION})
         self.event(Event("quarantine", trajectory_id, reason, "it is not trained on"))
 
     def event(self, event: Event) -> None:
         """Append one event with the time and the last finished step, in one write."""
         row = {"time": time.time(), **asdict(event), "step": self._step, "schema_version": SCHEMA_VERSION}
-        # Not synced to disk: it is not for a machine that crashes, and an event may come for each engine and version.
-        self._events.write(json.dumps(row).encode() + b"\n")
+        self._events.keep(row)
 
     def close(self) -> None:
-        self._events.close()
-        self._metrics.close()
-        self._quarantine.close()
+        """Nothing half-written stays: what a run was writing when it was cancelled goes."""
+        for lines in (self._events, self._metrics, self._quarantine):
+            if lost := lines.close():
+                print(f"{lines.path}: the last {lost} lines found no room on the disk", file=sys.stderr)
         if self._board is not None:
             self._board.close()
+        self._sweep()
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(name, value, row["step"])
+        self._board.flush()
 
     def _cut_back(self, step: int) -> None:
         for logged in experience_log.steps(self.run_dir):
             if logged > step:
                 experience_log.path_of(self.run_dir, logged).unlink()
-        for partial_folder in (self.run_dir / "checkpoints").glob("*.partial"):
-            shutil.rmtree(partial_folder)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for unfinished in half_written(self.run_dir):
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)  # a rank may still write, if it was not stopped in time
+            else:
+                unfinished.unlink(missing_ok=True)
+
+
+def half_written(run_dir: Path) -> list[Path]:
+    """What a run was writing when it ended."""
+    files = run_dir.glob("*.partial"), run_dir.glob("*/*.partial"), run_dir.glob(".report.html.*")
+    return sorted(path for found in files for path in found)
 
 
 def metrics_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
@@ -108,24 +139,12 @@ def metrics_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _append(file: Any, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _append_lines(path: Path) -> FileIO:
-    """A file for whole lines, each one write. A last line that a crash has cut off gets its end, no event joins it."""
-    file = FileIO(path, "a+")
-    if size := path.stat().st_size:
-        file.seek(size - 1)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
+    try:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _cut_rows(path: Path, step: float, *, most: int | None = None) -> None:

@@ -61,7 +61,8 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
         progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(collect(job)), tasks.create_task(raise_pool_failure(job))]
+            watching = raise_pool_failure(job), recover.watch_replicas(job)
+            background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set():
                 await learn(job, clock)
@@ -160,18 +161,20 @@ async def learn(job: Job, clock: StepClock) -> None:
     recover.stop_if_too_many_bad(job, len(samples))
     job.bad_reasons.clear()
     job.dropped_in_a_row = 0
-    job.leases.trained(batch)  # nothing is awaited before the log has it
-    job.log.experience(job.version + 1, samples, recover.standing(job, job.version + 1))
+    job.leases.trained(batch)  # nothing is awaited before the log has it, or its `state` is taken
+    step = job.version + 1
+    state = recover.standing(job, step)
+    await recover.written(job, f"the batch of step {step}", lambda: job.log.experience(step, samples, state))
     await job.notify()
     job.progress.waiting(f"the learner: step {job.version + 1}")
     trained = await recover.train(job, samples)
     clock.learned()
     sent = await publish(job, job.version + 1)
     row = clock.row(samples) | reward_metrics(samples) | trained | sent | job.pool.take_delivery_costs()
-    job.log.metrics(row)
+    await recover.written(job, f"the metrics of step {step}", lambda: job.log.metrics(row))
     job.progress.step(row)
-    if job.version % job.config.checkpoint.every_steps == 0:
-        await recover.checkpoint(job)
+    if job.checkpoint_overdue or job.version % job.config.checkpoint.every_steps == 0:
+        await recover.checkpoint_or_later(job)
 
 
 async def next_batch(job: Job) -> list[ScoredGroup] | None:

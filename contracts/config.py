@@ -198,11 +198,13 @@ class DeadlinesConfig(Section):
     start_s: Positive = Field(default=600.0, description="a worker starts and loads its model")
     lease_s: Positive = Field(default=600.0, description="one response, queueing in the engine included")
     score_s: Positive = Field(default=180.0, description="one response is scored by one component")
+    health_s: Positive = Field(default=10.0, description="a replica answers a health check; after three it is replaced")
     weights_s: Positive = Field(default=180.0, description="one engine takes new weights")
     learn_s: Positive = Field(default=3600.0, description="one step of the learner")
     rank_s: Positive = Field(default=300.0, description="a learner rank answers, and gets through one more micro-batch")
     checkpoint_s: Positive = Field(default=900.0, description="one checkpoint is written")
     stop_s: Positive = Field(default=30.0, description="one worker stops")
+    disk_s: Positive = Field(default=1800.0, description="somebody makes room on a full disk, for a batch or metrics")
 
 
 class CheckpointConfig(Section):

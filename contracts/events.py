@@ -16,6 +16,8 @@ EventKind = Literal[
     "rollover",  # an engine took new weights
     "refusal",  # an engine did not take a delta
     "checkpoint",
+    "disk_full",  # what has to be written waits for room
+    "lost",  # an object of the object store
     "resume",
     "signal",
     "end",  # of the run, whichever way

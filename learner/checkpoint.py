@@ -37,9 +37,14 @@ class Checkpoint:
         return self.path / "state"
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it counts."""
+    return run_dir / "checkpoints" / f"step-{step:06d}.partial"
+
+
 def begin(run_dir: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; it does not count until `finish`."""
-    folder = run_dir / "checkpoints" / f"step-{step:06d}.partial"
+    folder = folder_of(run_dir, step)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "state").mkdir(parents=True)
     return folder
@@ -59,6 +64,15 @@ def finish(folder: Path, step: int, *, keep: int) -> Checkpoint:
     for old in finished(folder.parent.parent)[:-keep]:
         shutil.rmtree(old.path)
     return Checkpoint(step, final)
+
+
+def discard(folder: Path) -> None:
+    """Remove what was written since `begin`."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def size_bytes(saved: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in saved.path.rglob("*") if path.is_file())
 
 
 def finished(run_dir: Path) -> list[Checkpoint]:

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.disk import DiskFull
 from contracts.events import Event, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
@@ -111,11 +112,28 @@ class LearnerGroup:
                 return made
 
     async def save(self, folder: Path) -> None:
-        await self._repairing("save", (str(folder),), "write a checkpoint", self._deadlines.checkpoint_s)
+        """Write a checkpoint's `policy/` and `state/` below `folder`.
+
+        Raises:
+            DiskFull: a rank found no room. All ranks go on.
+        """
+        await self._write("save", folder, "write a checkpoint")
 
     async def save_policy(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder `policy/` below `folder`."""
-        await self._repairing("save_policy", (str(folder),), "write its policy", self._deadlines.checkpoint_s)
+        """Write the policy as a Hugging Face folder `policy/` below `folder`.
+
+        Raises:
+            DiskFull: there is no room. All ranks go on.
+        """
+        await self._write("save_policy", folder, "write its policy")
+
+    async def _write(self, method: str, folder: Path, asked: str) -> None:
+        try:
+            await self._repairing(method, (str(folder),), asked, self._deadlines.checkpoint_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, DiskFull):
+                raise DiskFull(str(error.cause)) from None
+            raise
 
     async def numerics(self) -> dict[str, str]:
         """What decides the last bits of a step; where ranks differ, the values of all of them."""

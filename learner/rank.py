@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import LearnerConfig
+from contracts.disk import DiskFull, is_full
 from contracts.records import ScoredRollout, WeightsUpdate
 from learner.numerics import numerics, threads_of
 from learner.ppo import PPOLearner
@@ -136,14 +137,24 @@ class LearnerRank:
         return self._publisher.keyframe()
 
     def save(self, folder: str) -> None:
-        """Write `policy/`, with LoRA `policy_adapter/`, and `state/` below `folder`."""
+        """Write `policy/`, with LoRA `policy_adapter/`, and `state/` below `folder`.
+
+        Raises:
+            DiskFull: this rank found no room.
+        """
+        learner, base = self._loaded, self._settings.model_path
         self.save_policy(folder)
-        save_policy_adapter(self._loaded, Path(folder, "policy_adapter"), base=self._settings.model_path)
-        save_state(self._loaded, Path(folder, "state"))
+        self._together(lambda: save_policy_adapter(learner, Path(folder, "policy_adapter"), base=base))
+        self._together(lambda: save_state(learner, Path(folder, "state")))
 
     def save_policy(self, folder: str) -> None:
-        """Write `policy/` alone below `folder`."""
-        save_policy(self._loaded, Path(folder, "policy"), AutoTokenizer.from_pretrained(self._settings.model_path))
+        """Write `policy/` alone below `folder`.
+
+        Raises:
+            DiskFull: this rank found no room.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(self._settings.model_path)
+        self._together(lambda: save_policy(self._loaded, Path(folder, "policy"), tokenizer))
 
     def numerics(self) -> dict[str, str]:
         return numerics(self._workers, threads=torch.get_num_threads())
@@ -161,6 +172,23 @@ class LearnerRank:
     @ray.method(concurrency_group="health")
     def pid(self) -> int:
         return os.getpid()
+
+    def _together(self, write: Callable[[], None]) -> None:
+        """Write on all ranks or fail on all: one that went on alone would mix up the collectives of later calls."""
+        error: Exception | None = None
+        try:
+            write()
+        # Whatever it is, the other ranks must hear of it before it is raised.
+        except Exception as problem:  # noqa: BLE001
+            error = problem
+        ranks = self._loaded.ranks
+        failed = ranks.max_(torch.tensor(float(error is not None), device=ranks.device)).item()
+        if error is not None and is_full(error):
+            raise DiskFull("the learner found no space left on its disk") from error
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("another rank of the learner could not write")
 
     def _outgoing(self, *, rounded: bool = False) -> tuple[Iterator[tuple[str, Tensor]], int | None]:
         """What engines are sent, gathered tensor by tensor, and for an adapter the bytes of what it adapts."""

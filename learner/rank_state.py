@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from contracts.disk import DiskFull, is_full
 from learner.ppo import PPOLearner
 from models.adapters import layer_kinds, save_adapter, skeleton
 
@@ -28,9 +30,16 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_state(learner: PPOLearner, folder: Path) -> None:
-    """Write `learner/` and `learner.json` below `folder`; a collective."""
-    with _quiet():
-        dcp.save(_state(learner), checkpoint_id=folder / "learner")
+    """Write `learner/` and `learner.json` below `folder`; a collective.
+
+    Raises:
+        Exception: on all ranks, what the first of those had that could not write; DiskFull for want of room.
+    """
+    try:
+        with _quiet():
+            dcp.save(_state(learner), storage_writer=_Writer(folder / "learner"))
+    except CheckpointException as together:  # not an Exception, and Ray would end the process for it
+        raise next(error for error, _ in together.failures.values()) from together
     if learner.ranks.rank == 0:
         (folder / "learner.json").write_text(json.dumps(learner.counters(), indent=1), encoding="utf-8")
 
@@ -112,6 +121,18 @@ def _check_same(state: dict[str, Any], folder: Path) -> None:
     extra = sorted(name for name in saved if name.startswith("model.") and name[6:] not in state["model"])
     if extra:
         raise ValueError(f"{folder}: checkpoint of another model or algorithm: {extra[0][6:]} is not there here")
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Says that a disk is full in words that reach the other ranks: an error's cause does not."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's archive writer has lost count of what the disk took
+            if is_full(error):
+                raise DiskFull("no space left on the disk") from error
+            raise
 
 
 @contextmanager

@@ -57,6 +57,6 @@ def test_they_are_those_of_a_direct_forward_whatever_shares_the_batch(
 
 
 def test_a_late_replica_is_named(reference: ReferenceModel, run: RunCoroutine) -> None:
-    hasty = ReferenceModel(reference._handle, deadline_s=0.001)
+    hasty = ReferenceModel(reference._handle, deadline_s=0.001, application=reference.application)
     with pytest.raises(NoAnswer, match="the reference model did not answer"):
         run(hasty.logprobs([1, 2], [3, 4]))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from cluster import experience_log
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.disk import DiskFull
 from contracts.events import Event
 from contracts.records import ScoredRollout
 from learner.group import LearnerGroup, RankFailure
@@ -26,6 +28,7 @@ from models.weight_stream import read_tensors
 from tests.command import Processes
 from tests.conftest import RunCoroutine
 from tests.rollouts import scored_rollout
+from tests.small_disk import MIB, SmallDisk, small_disk
 
 STEPS = 3
 
@@ -243,6 +246,37 @@ def test_a_batch_that_cannot_be_trained_is_the_batchs_fault(
 
     run(check())
     assert [event.event for event in notes] == ["start"]
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_full_disk_is_no_failure_of_the_ranks(
+    one_rank, two_ranks, tiny_model: Path, tmp_path: Path, run: RunCoroutine, ranks: int
+) -> None:
+    """No repair is tried, whichever part found no room; the ranks go on together, and write when there is room."""
+    notes: list[Event] = []
+
+    async def check(disk: SmallDisk) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        async with group(ranks, settings(tiny_model), notes=notes) as made:
+            metrics = await trained(made, last=1)
+            await made.save(tmp_path / "elsewhere")
+            whole = sum(path.stat().st_size for path in (tmp_path / "elsewhere").rglob("*") if path.is_file())
+            for share in (0.0, 0.1, 0.5, 0.95):  # in the policy, which rank 0 writes, and in the state of all
+                disk.fill(leave_bytes=int(share * whole))
+                with pytest.raises(DiskFull, match="the learner found no space left on its disk"):
+                    await made.save(disk.folder / "checkpoint")
+                shutil.rmtree(disk.folder / "checkpoint", ignore_errors=True)
+                disk.empty()
+            metrics += await trained(made, first=2)
+            await made.save(disk.folder / "checkpoint")
+            return metrics, await weights(made, STEPS)
+
+    with small_disk(tmp_path / "disk", 64 * MIB) as disk:
+        metrics, found = run(check(disk))
+        assert AutoModelForCausalLM.from_pretrained(disk.folder / "checkpoint" / "policy").num_parameters() > 0
+    assert [event.event for event in notes] == ["start"]
+    expected_metrics, expected = one_rank if ranks == 1 else two_ranks
+    assert metrics == expected_metrics
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.fixture(autouse=True)
