@@ -59,11 +59,19 @@ def finish(folder: Path, step: int, *, keep: int) -> Checkpoint:
         file.flush()
         os.fsync(file.fileno())
     final = folder.parent / f"step-{step:06d}"
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     os.rename(folder, final)
     for old in finished(folder.parent.parent)[:-keep]:
-        shutil.rmtree(old.path)
+        _remove(old.path)
     return Checkpoint(step, final)
+
+
+def _remove(path: Path) -> None:
+    """Under another name first: half removed, it must not pass for a damaged checkpoint."""
+    removed = path.with_name(f"{path.name}.removed.partial")
+    os.rename(path, removed)
+    shutil.rmtree(removed)
 
 
 def discard(folder: Path) -> None:

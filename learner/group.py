@@ -8,17 +8,18 @@ batches logged since, so that nothing is lost and no version changes its meaning
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from contracts.config import DeadlinesConfig, LearnerConfig
 from contracts.disk import DiskFull
-from contracts.events import Event, first_line
+from contracts.events import Event, EventKind, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from learner.publish import WeightsRefs
@@ -26,16 +27,22 @@ from learner.rank import LearnerRank, LearnerSettings, training_environment
 
 _LOOK_AGAIN_S = 2.0
 _MAX_REFORMS = 3  # in a row, without a call that succeeded
+_PAUSE_S = 2.0  # before the second of them, four times as long before each further one
+_MAX_SENDS = 3  # of what the object store has lost
 _BLAME_S = 5.0  # beyond deadlines.rank_s: how long a survivor's error waits for the news of the rank that failed
 
 
 class RankFailure(RuntimeError):
-    """A rank, `who`, died or fell silent: `what` happened while it was asked to do what."""
+    """A rank, `who`, died, fell silent or was left behind: `what` happened while it was asked to do what."""
 
-    def __init__(self, who: str, what: str, node: str) -> None:
+    def __init__(self, who: str, what: str, node: str, *, kind: EventKind = "death") -> None:
         where = f" on node {node}" if node else ""
         super().__init__(f"{who}{where} {what}")
-        self.who, self.what, self.node = who, what, node
+        self.who, self.what, self.node, self.kind = who, what, node, kind
+
+
+class BatchLost(RuntimeError):
+    """The object store has lost what the ranks were to work on, and none of them has begun."""
 
 
 class LearnerGroup:
@@ -175,6 +182,8 @@ class LearnerGroup:
     async def _repairing(self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float) -> Any:
         """Call all ranks; where one fails, replace them, train again what the checkpoint lacks, and repeat the call."""
         for attempt in range(_MAX_REFORMS + 1):
+            if attempt > 1:
+                await asyncio.sleep(_PAUSE_S * 4 ** (attempt - 2))
             try:
                 if attempt:
                     await self._reform()
@@ -183,7 +192,7 @@ class LearnerGroup:
                 if attempt == _MAX_REFORMS:
                     raise
                 consequence = f"the learner re-forms from step {self._snapshot_step}"
-                self._on_change(Event("death", failure.who, failure.what, consequence, failure.node))
+                self._on_change(Event(failure.kind, failure.who, failure.what, consequence, failure.node))
         raise AssertionError("unreachable")
 
     async def _reform(self) -> None:
@@ -211,10 +220,26 @@ class LearnerGroup:
     ) -> list[Any]:
         """One call on every rank, all answers, or the error of the one to blame.
 
+        Where the object store loses the arguments before any rank has begun, they are sent again.
+
         Raises:
-            RankFailure: a rank died, or did not get on for `deadlines.rank_s`.
+            RankFailure: a rank died, did not get on for `deadlines.rank_s`, or did not get what others work on.
             NoAnswer: all of them worked, but not within the deadline.
         """
+        for sent in range(1, _MAX_SENDS + 1):
+            try:
+                return await self._once(method, arguments, asked, deadline_s, watch=watch)
+            except BatchLost as lost:
+                if sent == _MAX_SENDS:
+                    raise
+                self._on_change(
+                    Event("lost", f"the batch to {asked} on", str(lost), "no rank had it: it is sent again")
+                )
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float, *, watch: bool
+    ) -> list[Any]:
         shared = [ray.put(argument) if isinstance(argument, list) else argument for argument in arguments]
         calls = [
             asyncio.ensure_future(
@@ -244,8 +269,13 @@ class LearnerGroup:
     async def _blame(
         self, calls: Sequence[asyncio.Future[Any]], watcher: asyncio.Future[Any] | None, asked: str
     ) -> None:
-        """Raise for the rank that failed first: survivors of a death report broken connections, often sooner."""
+        """Raise for the rank that failed first: survivors of a death report broken connections, often sooner.
+
+        A rank that cannot fetch its arguments does not begin. Others that did wait for it in a collective, half-way
+        through the step: they cannot take it back, so all are replaced.
+        """
         expires = time.monotonic() + self._deadlines.rank_s + _BLAME_S
+        waits_for_others = time.monotonic() + _BLAME_S
         while True:
             if watcher is not None and watcher.done():
                 watcher.result()
@@ -254,8 +284,15 @@ class LearnerGroup:
                 if isinstance(error, RayActorError):
                     what = f"died while asked to {asked}: {first_line(error)}"
                     raise RankFailure(self._name(number), what, self._where(number)) from error
-            own = [error for error in errors.values() if _is_own(error)]
             running = [call for call in calls if not call.done()]
+            lost = {number: error for number, error in errors.items() if _is_lost(error)}
+            if lost and len(lost) == len(calls):
+                raise BatchLost(_said(next(iter(lost.values()))))
+            if lost and (not running or time.monotonic() > waits_for_others):
+                number, error = next(iter(lost.items()))
+                what = f"did not get what it was asked to {asked} on: {_said(error)}"
+                raise RankFailure(self._name(number), what, self._where(number), kind="lost") from error
+            own = [error for error in errors.values() if _is_own(error)]
             if own or not running or time.monotonic() > expires:
                 raise next(error for error in (*own, *errors.values()) if error is not None)
             await asyncio.wait([*running, *([watcher] if watcher else [])], timeout=1.0)
@@ -291,6 +328,18 @@ class LearnerGroup:
 
     def _name(self, number: int) -> str:
         return "the learner" if self._workers.num_ranks == 1 else f"learner rank {number} of {self._workers.num_ranks}"
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether a call was not made because an argument of it is gone."""
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, ObjectLostError)
+
+
+def _said(error: BaseException | None) -> str:
+    """What Ray says of a lost object, in one line and without its advice."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    said = re.sub(r"To see information about where .*?`ray\.init\(\)`\.", "", " ".join(str(cause).split()))
+    return " ".join(said.split(" Check cluster logs")[0].split())
 
 
 def _is_own(error: BaseException | None) -> bool:

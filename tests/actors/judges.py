@@ -15,6 +15,10 @@ def _one(action: str, value: float, batch_size: int) -> float:
         raise ValueError("no taste")
     if action == "sleep":
         time.sleep(value)
+    if action == "spin":  # all the time in Python
+        expires = time.monotonic() + value
+        while time.monotonic() < expires:
+            pass
     return {"nan": math.nan, "batch size": batch_size, "process": os.getpid()}.get(action, value)
 
 

@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -275,6 +277,88 @@ def test_a_full_disk_is_no_failure_of_the_ranks(
         assert AutoModelForCausalLM.from_pretrained(disk.folder / "checkpoint" / "policy").num_parameters() > 0
     assert [event.event for event in notes] == ["start"]
     expected_metrics, expected = one_rank if ranks == 1 else two_ranks
+    assert metrics == expected_metrics
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class Lossy:
+    """`ray.put`, of which some objects are lost before anybody reads them: their owner is a process that dies."""
+
+    def __init__(self, *lost: int) -> None:
+        self._put, self._lost, self.count = ray.put, lost, 0
+
+    def __call__(self, value: object) -> ray.ObjectRef:
+        self.count += 1
+        if self.count not in self._lost:
+            return self._put(value)
+        owner = Owner.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
+        (ref,) = ray.get(owner.put.remote(value), timeout=60)
+        process = psutil.Process(ray.get(owner.pid.remote(), timeout=60))
+        ray.kill(owner)
+        process.wait(20)
+        for _ in range(200):
+            try:
+                ray.get(ref, timeout=60)
+            except ray.exceptions.OwnerDiedError:
+                return ref
+            time.sleep(0.1)  # Ray has not noticed yet
+        raise AssertionError("the object outlived its owner")
+
+
+@ray.remote
+class Owner:
+    def put(self, value: object) -> list[ray.ObjectRef]:
+        return [ray.put(value)]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_lost_batch_is_sent_again_and_trained_once(
+    one_rank, two_ranks, tiny_model: Path, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    notes: list[Event] = []
+
+    async def check() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        async with group(ranks, settings(tiny_model), notes=notes) as made:
+            metrics = await trained(made, last=1)
+            monkeypatch.setattr(ray, "put", Lossy(1, 2))
+            metrics += await trained(made, first=2)
+            return metrics, await weights(made, STEPS)
+
+    expected_metrics, expected = one_rank if ranks == 1 else two_ranks
+    metrics, found = run(check())
+    assert [(event.event, event.who) for event in notes[1:]] == [("lost", "the batch to train step 2 on")] * 2
+    assert "The object's owner has exited" in notes[1].cause
+    assert notes[1].consequence == "no rank had it: it is sent again"
+    assert metrics == expected_metrics
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_batch_that_one_rank_has_and_another_lost_is_trained_once(
+    two_ranks, tiny_model: Path, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is in the middle of the step when rank 1 cannot begin it: both are replaced."""
+    notes: list[Event] = []
+
+    async def check() -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        async with group(2, settings(tiny_model), notes=notes) as made:
+            metrics = await trained(made, last=1)
+            other, lose = made._ranks[1], Lossy(1)
+            step = other.step
+            copies = SimpleNamespace(remote=lambda ref, version: step.remote(lose(ray.get(ref, timeout=60)), version))
+            other.step = copies
+            metrics += await trained(made, first=2)
+            return metrics, await weights(made, STEPS)
+
+    expected_metrics, expected = two_ranks
+    metrics, found = run(check())
+    lost, restart = notes[1:]
+    assert (lost.event, lost.who) == ("lost", "learner rank 1 of 2")
+    assert lost.cause.startswith("did not get what it was asked to train step 2 on: ")
+    assert lost.consequence == "the learner re-forms from step 0"
+    assert restart.event == "restart"
     assert metrics == expected_metrics
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
