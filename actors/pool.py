@@ -1,15 +1,17 @@
 """The rollout actors of a run: who is free, who holds which weights, and replacing those that die.
 
 The pool decides nothing about prompts. A new actor counts only after it has proved the newest published version, and
-is asked for nothing that its version is too old for; one that dies or does not take new weights in time is killed and
-replaced in the background, after a pause that doubles with each death in a row. After `max_deaths_in_a_row` the pool
-fails with the actor's own error.
+is asked for nothing that its version is too old for; one that dies, falls silent or does not take new weights in time
+is killed and replaced in the background, after a pause that doubles with each death in a row. One that must leave is
+drained: another is started at once, while it finishes what it has. After `rollout.max_deaths_in_a_row` in one place,
+with no response in between, the pool fails with the actor's own error.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +19,10 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from transformers import AutoConfig
 
-from actors.admission import BadRollout, check_rollout
+from actors.admission import check_rollout
 from actors.delivery import Delivery, Published, WeightsRefused
-from actors.rollout import RolloutActor, RolloutRequest
+from actors.line import Line
+from actors.rollout import RolloutActor, RolloutRequest, Started
 from actors.roster import Roster
 from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
@@ -33,20 +36,28 @@ _FREE_POLL_S = 0.02
 
 
 class WorkerLost(RuntimeError):
-    """A rollout actor died or went silent while it held a request; the request can be sent to another."""
+    """A rollout actor died, went silent or had to leave while it held a request, which can be sent to another."""
+
+
+class NodeLeaves(RuntimeError):
+    """An actor came up on a node that is being drained."""
 
 
 @dataclass(eq=False)
 class Worker:
     """One rollout actor as the pool sees it; `busy` runs while it holds requests.
 
-    `version` is the one it has proved. `update` runs while it is brought to a newer one.
+    `version` is the one it has proved. `update` runs while it is brought to a newer one. `node` is the address of its
+    machine, `node_id` Ray's id of it. `deaths` is how many died in its place since one there gave a response.
     """
 
     actor_id: str
     handle: Any
     version: int
+    line: Line
     node: str = ""
+    node_id: str = ""
+    deaths: int = 0
     update: asyncio.Task[None] | None = None
     busy: BusyClock = field(default_factory=BusyClock)
     since: float = field(default_factory=now)
@@ -66,7 +77,7 @@ class RolloutPool:
         seed: int,
         adapters: AdapterSettings | None = None,
         weights_key: bytes | None = None,
-        max_deaths_in_a_row: int = 3,
+        actor_class: Any = RolloutActor,
     ) -> None:
         self._model = model
         self._config = config
@@ -77,7 +88,7 @@ class RolloutPool:
         self._vocabulary = 0  # read at the start
         self._adapters = adapters
         self._weights_key = weights_key
-        self._max_deaths_in_a_row = max_deaths_in_a_row
+        self._actor_class = actor_class
         self.on_change: Callable[[Event], None] = lambda event: None
         self.on_update: Callable[[], None] = lambda: None  # a worker serves a newer version
         self._delivery = Delivery(deadline_s=deadlines.weights_s)
@@ -85,7 +96,8 @@ class RolloutPool:
         self._roster: Roster[Worker] = Roster(config.max_concurrent)
         self._starting: set[asyncio.Task[None]] = set()
         self._started = 0
-        self._deaths_in_a_row = 0
+        self._draining: set[Worker] = set()
+        self._leaving_nodes: set[str] = set()
         self.busy = BusyClock()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -120,31 +132,20 @@ class RolloutPool:
         """One response from one worker that has a place reserved for it.
 
         Raises:
-            WorkerLost: the actor died; it is being replaced.
+            WorkerLost: the actor died, fell silent or was drained; it is being replaced.
             NoAnswer: the response was not finished in time; it is cancelled, the worker stays.
             BadRollout: what came back cannot be the response.
         """
+        who, asked = f"rollout actor {worker.actor_id}", f"finish response {request.trajectory_id}"
         try:
             with worker.busy, self.busy:
-                ref = worker.handle.generate.remote(request)
-                try:
-                    who, asked = f"rollout actor {worker.actor_id}", f"finish response {request.trajectory_id}"
-                    rollout: Rollout = await answer(ref, who=who, asked=asked, deadline_s=deadline_s, node=worker.node)
-                except (NoAnswer, asyncio.CancelledError):
-                    ray.cancel(ref)
-                    raise
-        except RayActorError as error:
-            self._lose(worker, error)
-            raise WorkerLost(f"rollout actor {worker.actor_id} died") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, ValueError):
-                raise BadRollout(f"{worker.actor_id}: {error.cause}") from error
-            raise
+                response = worker.line.fetch(request)
+                rollout = await answer(response, who=who, asked=asked, deadline_s=deadline_s, node=worker.node)
         finally:
             self._roster.release(worker)
         newest, vocabulary = self.newest_version, self._vocabulary
         check_rollout(rollout, request, actor_id=worker.actor_id, newest_version=newest, vocabulary=vocabulary)
-        self._deaths_in_a_row = 0
+        worker.deaths = 0
         return rollout
 
     async def generate_somewhere(self, request: RolloutRequest, *, deadline_s: float) -> Rollout:
@@ -181,21 +182,56 @@ class RolloutPool:
         """Metrics of the deliveries since the last call."""
         return self._delivery.take_costs()
 
+    async def drain(self, worker: Worker, *, cause: str, deadline_s: float) -> None:
+        """Let a worker leave: it gets no new requests and another is started; what it has goes on for `deadline_s`.
+
+        Requests that are unfinished then raise WorkerLost. Returns when the worker is stopped.
+        """
+        if worker not in self._roster:
+            return  # it is leaving already
+        self._roster.remove(worker)
+        self._draining.add(worker)
+        held, who, node = worker.line.num_waiting, worker.actor_id, worker.node
+        consequence = f"gets no new requests, {held} running ones have {deadline_s:g} s; another is started"
+        self.on_change(Event("drain", who, cause, consequence, node))
+        self._start_another(f"{who} had to leave", worker.deaths)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await worker.line.emptied()
+            if not worker.line.closed:  # else it died meanwhile
+                unfinished = worker.line.num_waiting
+                self._disconnect(worker, WorkerLost(f"rollout actor {who} had to leave: {cause}"))
+                await self._stop_worker(worker)
+                consequence = f"stopped; {held - unfinished} requests were finished, {unfinished} go to others"
+                self.on_change(Event("drain", who, cause, consequence, node))
+        finally:
+            self._draining.discard(worker)
+
+    async def drain_node(self, node_id: str, cause: str, deadline_s: float) -> None:
+        """Drain all workers of a Ray node; others are started elsewhere, if anything else has room."""
+        self._leaving_nodes.add(node_id)
+        leaving = [worker for worker in self.workers if worker.node_id == node_id]
+        await asyncio.gather(*(self.drain(worker, cause=cause, deadline_s=deadline_s) for worker in leaving))
+
     async def stop(self) -> None:
         """Stop all actors; those that do not answer in time are killed."""
-        workers = self.workers
+        workers = (*self.workers, *self._draining)
         updates = [worker.update for worker in workers if worker.update is not None]
         for task in (*self._starting, *updates):
             task.cancel()
         for worker in workers:
-            self._roster.remove(worker)
+            if worker in self._roster:
+                self._roster.remove(worker)
+            self._disconnect(worker, WorkerLost(f"rollout actor {worker.actor_id} is stopped with the run"))
         await asyncio.gather(*(self._stop_worker(worker) for worker in workers))
 
-    async def _start_worker(self, *, instead_of: str = "") -> None:
+    async def _start_worker(self, *, cause: str = "", deaths: int = 0) -> None:
+        """`cause`: why another one is needed."""
         actor_id = f"rollout-{self._started}"
         self._started += 1
-        handle = RolloutActor.options(  # type: ignore[attr-defined]
-            num_cpus=self._config.num_cpus, num_gpus=self._config.num_gpus
+        handle = self._actor_class.options(
+            num_cpus=self._config.num_cpus, num_gpus=self._config.num_gpus, **self._placement()
         ).remote(
             actor_id,
             self._model,
@@ -206,26 +242,36 @@ class RolloutPool:
             weights_key=self._weights_key,
         )
         try:
-            version, node = await answer(
+            started: Started = await answer(
                 handle.start.remote(seed=self._seed),
                 who=f"rollout actor {actor_id}",
                 asked="start its engine",
                 deadline_s=self._deadlines.start_s,
             )
-            worker = Worker(actor_id, handle, version, node)
+            node, node_id = started.node, started.node_id
+            if node_id in self._leaving_nodes:
+                raise NodeLeaves(f"rollout actor {actor_id} came up on node {node}, which is being drained")
+            line = Line(actor_id, handle, self._deadlines, node=node, on_lost=lambda error: self._lose(worker, error))
+            worker = Worker(actor_id, handle, started.version, line, node, node_id, deaths)
             # Newest weights first: a fresh engine must never serve its initial ones as if they were current.
             await self._delivery.bring_up_to_date(worker)
         except BaseException as error:
             ray.kill(handle)
             if isinstance(error, Exception):
-                self.on_change(Event("start_failed", actor_id, first_line(error), "it was killed"))
+                self.on_change(Event("start_failed", actor_id, cause_of(error), "it was killed"))
             raise
+        line.open()
         self._roster.add(worker)
-        serves = f"serves version {worker.version}"
-        if instead_of:
-            self.on_change(Event("restart", actor_id, f"{instead_of} was lost", serves, node))
-        else:
-            self.on_change(Event("start", actor_id, "", serves, node))
+        self.on_change(
+            Event("restart" if cause else "start", actor_id, cause, f"serves version {worker.version}", node)
+        )
+
+    def _placement(self) -> dict[str, Any]:
+        """Away from nodes that are being drained, as long as anything else has room."""
+        if not self._leaving_nodes:
+            return {}
+        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(self._leaving_nodes))})"}
+        return {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": {}}]}
 
     def _bring_up_to_date(self, worker: Worker) -> None:
         if worker.update is not None and not worker.update.done():
@@ -243,31 +289,44 @@ class RolloutPool:
 
     def _lose(self, worker: Worker, error: Exception) -> None:
         """Take a worker out at once and start another in the background."""
-        if worker not in self._roster:
+        if worker.line.closed:
+            return
+        ray.kill(worker.handle)  # its engine core ends with it, also where one of them is stopped
+        cause = cause_of(error)
+        self._disconnect(worker, WorkerLost(f"rollout actor {worker.actor_id} was lost: {cause}"))
+        if worker in self._draining:
+            consequence = "it had to leave anyway; its requests go to others"
+            self.on_change(Event("death", worker.actor_id, cause, consequence, worker.node))
             return
         self._roster.remove(worker)
+        deaths = worker.deaths + 1
+        consequence = "its requests go to others, another is started"
+        if deaths > self._config.max_deaths_in_a_row:
+            consequence = "none is started any more"
+        self.on_change(Event("death", worker.actor_id, cause, consequence, worker.node))
+        self._start_another(f"{worker.actor_id} was lost", deaths, error)
+
+    def _disconnect(self, worker: Worker, error: WorkerLost) -> None:
         if worker.update is not None:
             worker.update.cancel()
-        ray.kill(worker.handle)
-        self._deaths_in_a_row += 1
-        consequence = "its requests go to others, another is started"
-        if self._deaths_in_a_row > self._max_deaths_in_a_row:
-            consequence = "none is started any more"
-        self.on_change(Event("death", worker.actor_id, first_line(error), consequence, worker.node))
-        task = asyncio.ensure_future(self._replace(worker, error))
+        worker.line.close(error)
+
+    def _start_another(self, cause: str, deaths: int, error: Exception | None = None) -> None:
+        task = asyncio.ensure_future(self._replace(cause, deaths, error))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
-    async def _replace(self, lost: Worker, error: Exception) -> None:
-        while self._deaths_in_a_row <= self._max_deaths_in_a_row:
-            await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (self._deaths_in_a_row - 1))
+    async def _replace(self, cause: str, deaths: int, error: Exception | None) -> None:
+        while deaths <= self._config.max_deaths_in_a_row:
+            if deaths:
+                await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (deaths - 1))
             try:
-                return await self._start_worker(instead_of=lost.actor_id)
-            except (RayActorError, RayTaskError, NoAnswer, WeightsRefused) as again:
+                return await self._start_worker(cause=cause, deaths=deaths)
+            except (RayActorError, RayTaskError, NoAnswer, WeightsRefused, NodeLeaves) as again:
                 error = again
-                self._deaths_in_a_row += 1
+                deaths += 1
         if not self.failure.done():
-            message = f"rollout actors died {self._deaths_in_a_row} times in a row"
+            message = f"rollout actors died {deaths} times in a row"
             self.failure.set_exception(RuntimeError(f"{message}; the last error: {error}"))
         return None
 
@@ -281,8 +340,13 @@ class RolloutPool:
                 node=worker.node,
             )
         except (RayActorError, RayTaskError, NoAnswer) as error:
-            self.on_change(Event("killed", worker.actor_id, first_line(error), "it is gone", worker.node))
+            self.on_change(Event("killed", worker.actor_id, cause_of(error), "it is gone", worker.node))
         ray.kill(worker.handle)
+
+
+def cause_of(error: Exception) -> str:
+    """As the cause of an event: of an error in another process the error itself, not where it was."""
+    return first_line(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _vocabulary_of(path: str) -> int:

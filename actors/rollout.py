@@ -1,31 +1,36 @@
 """A rollout actor: one vLLM engine in a Ray actor.
 
-It consumes single requests and answers each by itself, as soon as its response is finished (continuous batching).
-It waits for nothing but its engine: callers set the deadline and cancel a request by cancelling the Ray task.
-When the engine is dead or holds a mixture of weights the actor ends itself, so callers see an actor that died.
+It consumes requests, several in one call, and hands each response over as soon as it is finished (continuous
+batching) to whoever polls for it. It waits for nothing but its engine: callers set the deadline and cancel a request by
+its number. When the engine is dead or holds a mixture of weights, or its core does not answer, the next poll says so,
+and the pool kills the actor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import exit_actor
 from ray.exceptions import RayError
 from transformers import AutoTokenizer
 
 from actors.delivery import WeightsAnswer
+from actors.mailbox import Finished, Mailbox
 from contracts.config import ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import answer
-from models.engine import Engine, WeightsError
+from models.engine import Engine
 from models.engine_adapters import AdapterSettings
+from models.engine_core import CoreWatch
 from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
 
 SENDER = "learner rank 0"
+_LAST_WORDS_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,18 @@ class RolloutRequest:
     max_tokens: int
     temperature: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """What an actor says when its engine is up: the weights version it serves, and where it runs.
+
+    `node` is the address of the machine, `node_id` Ray's id of it (hex).
+    """
+
+    version: int
+    node: str
+    node_id: str
 
 
 @ray.remote
@@ -64,10 +81,12 @@ class RolloutActor:
         self._adapters = adapters
         self._weights_key = weights_key
         self._engine: Engine | None = None
+        self._core: CoreWatch | None = None
         self._receiver: DeltaReceiver | None = None
+        self._mailbox = Mailbox(self.generate)
 
-    async def start(self, *, seed: int) -> tuple[int, str]:
-        """Load the model; returns the version that the engine serves, and the address of the node."""
+    async def start(self, *, seed: int) -> Started:
+        """Load the model."""
         self._tokenizer = AutoTokenizer.from_pretrained(self._path)
         self._engine = await Engine.start(
             self._path,
@@ -83,25 +102,47 @@ class RolloutActor:
             weights_version=self._version,
             adapters=self._adapters,
         )
+        self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
         if self._adapters is None:
             tensors, version = self._engine.shadow_tensors, self._engine.version
             self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=self._weights_key)
-        return self._engine.version, ray.util.get_node_ip_address()
+        context = ray.get_runtime_context()
+        return Started(self._engine.version, ray.util.get_node_ip_address(), context.get_node_id())
+
+    async def submit(self, requests: Sequence[tuple[int, RolloutRequest]]) -> None:
+        """Begin with (number, request) pairs; see Mailbox."""
+        self._mailbox.submit(requests)
+
+    async def cancel(self, numbers: Sequence[int]) -> None:
+        """Abort these requests in the engine; they get no answer."""
+        self._mailbox.cancel(numbers)
+
+    async def finished(self, *, received: int, wait_s: float) -> Finished:
+        """All answers after the first `received`, at once if there are any, else as soon as one is there.
+
+        Empty after `wait_s`, or when the engine breaks.
+        """
+        engine, core = self._running_engine(), self._core
+        assert core is not None
+        core.look()
+        first, answers = await self._mailbox.unreceived(received=received, wait_s=0.0 if engine.broken else wait_s)
+        broken = f"{engine.broken}\n{_last_words()}" if engine.broken else ""
+        return Finished(first, answers, broken, core.unanswered_s, core.idle_s)
 
     async def generate(self, request: RolloutRequest) -> Rollout:
-        """Sample one response; every token with its weights version and log-probability."""
-        engine = self._running_engine()
-        try:
-            generation = await engine.generate(
-                request.prompt_tokens,
-                request_id=request.trajectory_id,
-                max_tokens=request.max_tokens,
-                temperature=request.temperature,
-                seed=request.seed,
-            )
-        except WeightsError:
-            exit_actor()
-            raise
+        """Sample one response; every token with its weights version and log-probability.
+
+        Raises:
+            ValueError: the model cannot take this prompt.
+            WeightsError: the engine is broken.
+        """
+        generation = await self._running_engine().generate(
+            request.prompt_tokens,
+            request_id=request.trajectory_id,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
         if generation.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"{request.trajectory_id}: the engine ended it with {generation.finish_reason!r}")
         return Rollout(
@@ -139,9 +180,6 @@ class RolloutActor:
             times = await self._take(engine, update, frames, deadline_s=expires - time.monotonic())
         except DeltaError as error:
             return WeightsAnswer(engine.version, 0.0, refused=str(error))
-        finally:
-            if engine.broken:
-                exit_actor()
         return WeightsAnswer(engine.version, times.held_s)
 
     async def _take(self, engine: Engine, update: WeightsUpdate, frames: list[Any], *, deadline_s: float) -> Any:
@@ -165,3 +203,13 @@ class RolloutActor:
         if self._engine is None:
             raise RuntimeError(f"{self._actor_id}: start was not called")
         return self._engine
+
+
+def _last_words() -> str:
+    """The end of what this process and its engine core wrote to stderr, which Ray sends to a file."""
+    path = os.readlink("/proc/self/fd/2")
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - _LAST_WORDS_BYTES))
+        return log.read().decode(errors="replace")

@@ -71,6 +71,9 @@ class RolloutConfig(WorkerConfig):
     num_workers: PositiveInt = 1
     tensor_parallel_size: PositiveInt = 1
     max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
+    max_deaths_in_a_row: NonNegativeInt = Field(
+        default=3, description="in one worker's place, with no response in between, before the run stops"
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
     kv_cache_on_update: Literal["recompute", "keep"] = Field(
@@ -197,6 +200,9 @@ class DeadlinesConfig(Section):
 
     start_s: Positive = Field(default=600.0, description="a worker starts and loads its model")
     lease_s: Positive = Field(default=600.0, description="one response, queueing in the engine included")
+    silent_s: Positive = Field(
+        default=60.0, description="a rollout worker that is alive, or its engine core, gives no sign of life"
+    )
     score_s: Positive = Field(default=180.0, description="one response is scored by one component")
     health_s: Positive = Field(default=10.0, description="a replica answers a health check; after three it is replaced")
     weights_s: Positive = Field(default=180.0, description="one engine takes new weights")

@@ -10,6 +10,7 @@ EventKind = Literal[
     "restart",  # another one is up in the place of one that died
     "start_failed",  # it did not come up
     "death",  # it died, fell silent, or does not serve what it should
+    "drain",  # it must leave and gets nothing new; and then, that it has left
     "killed",  # it did not stop by itself when asked to
     "expiry",  # a prompt group outlived its lease
     "quarantine",  # a trajectory that cannot be trained on

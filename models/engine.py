@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from models.engine_adapters import Adapter, AdapterSettings, EngineAdapters, vllm_arguments
+from models.engine_core import computed_s
 from models.engine_files import new_path, remove_leftovers
 from models.engine_shadow import Shadow
 from models.engine_start import child_environment, start_vllm
@@ -321,6 +323,25 @@ class Engine:
     def num_running(self) -> int:
         """Requests not finished yet, waiting ones included."""
         return len(self._running)
+
+    async def ping(self) -> None:
+        """One round trip to the engine core, which answers between two of its steps; waits for as long as it lives.
+
+        Raises WeightsError once the engine is broken: its core has died.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._raise_if_broken()
+        try:
+            await self._answer(self._llm.get_weight_version(), "get_weight_version", math.inf)
+        except EngineDeadError as error:
+            self._break(f"its core died: {error}")
+            raise WeightsError(f"engine is broken: {self.broken}") from error
+
+    def core_computed_s(self) -> float:
+        """CPU seconds that the engine core and its workers have used."""
+        manager: Any = self._llm.engine_core.resources.engine_manager
+        return computed_s([process.pid for process in manager.processes])
 
     async def check_health(self, *, deadline_s: float = 30.0) -> None:
         """Ask the engine core which weights it serves.

@@ -5,7 +5,10 @@ before the model loads, which registers the weight transfer backend.
 """
 
 import contextlib
+import ctypes
 import os
+import platform
+import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ from models.engine_shadow import mapped_for_reading
 
 BACKEND = "headrace-shadow"
 OWNER_VARIABLE = "HEADRACE_ENGINE_OWNER"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass
@@ -115,8 +119,12 @@ def end_with(owner_pid: int) -> None:
     """Exit as soon as the process `owner_pid` is gone.
 
     vLLM's engine core outlives an owner that was killed, with all its memory. Where the workers
-    are processes of their own, the core notices that they ended and ends too.
+    are processes of their own, the core notices that they ended and ends too. A process that is
+    stopped watches nothing, so on Linux the kernel is asked to kill it with its parent: the core
+    with its owner, a worker with the core.
     """
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
     def watch() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):

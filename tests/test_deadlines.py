@@ -59,7 +59,7 @@ def test_the_waits_that_are_known_to_be_there_are_found(waits: list[Wait]) -> No
     """What the test reads is not nothing: one call of each kind, and all that `answer` waits for."""
     timed = " ".join(f"{wait.file} {wait.code}" for wait in waits if wait.has_deadline)
     for code in (
-        "actors/pool.py answer(ref, ",
+        "actors/line.py answer(call, ",
         "actors/delivery.py answer(worker.handle.load_weights.remote(",
         "actors/reward.py answer(self.handle.score.remote(",
         "actors/applications.py answer(deploy, ",

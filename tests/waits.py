@@ -21,7 +21,7 @@ TIMEOUTS = {"timeout", "timeout_s", "deadline_s"}
 # Of ray and ray.serve: what returns at once, and what only describes. Everything else there asks another process.
 RETURNS_AT_ONCE = {
     *("ray.remote", "ray.method", "ray.put", "ray.kill", "ray.cancel", "ray.get_gpu_ids"),
-    *("ray.util.get_node_ip_address", "serve.deployment", "serve.batch", "serve.RunTarget"),
+    *("ray.util.get_node_ip_address", "ray.get_runtime_context", "serve.deployment", "serve.batch", "serve.RunTarget"),
     "serve.get_replica_context",
 }
 OTHERS = {"ray", "serve", "llm", "_llm", "handle", "_handle", "remote"}  # whoever is asked by way of these

@@ -44,6 +44,12 @@ def published(
     return publisher.publish(load_file(folder / "model.safetensors").items(), version=version)
 
 
+def with_settings(config: Config, settings: dict[str, dict[str, Any]]) -> Config:
+    """The configuration with some fields of some sections changed."""
+    changed = {name: getattr(config, name).model_copy(update=fields) for name, fields in settings.items()}
+    return config.model_copy(update=changed)
+
+
 @contextmanager
 def running_pool(config: Config, run: RunCoroutine, **options: Any) -> Iterator[RolloutPool]:
     async def make() -> RolloutPool:
