@@ -51,6 +51,11 @@ async def delete_applications(prefix: str, *, deadline_s: float) -> None:
         await answer(delete, who="Ray Serve", asked=f"delete {name}", deadline_s=deadline_s)
 
 
+async def application_names(deadline_s: float) -> list[str]:
+    """All that there are, of other runs too."""
+    return sorted(await _applications(deadline_s))
+
+
 async def _applications(deadline_s: float) -> dict[str, ApplicationStatusOverview]:
     status = asyncio.to_thread(serve.status)
     return (await answer(status, who="Ray Serve", asked="list its applications", deadline_s=deadline_s)).applications

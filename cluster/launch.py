@@ -22,6 +22,7 @@ from actors.applications import delete_applications
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.loopback import LOOPBACK
+from cluster.presence import announce, reap
 from cluster.progress import Progress
 from contracts.config import Config, ConfigError, RewardConfig
 from contracts.events import Event
@@ -209,10 +210,15 @@ async def cluster(
     take_sigterm_back()
     if dashboard:
         progress.note(f"Ray dashboard: {dashboard}")
+    shared = config.ray.address is not None and not learner_only
     try:
+        if shared:
+            _presence = await announce(run_id, deadline_s=config.deadlines.start_s)  # for as long as this waits
+            for dead in await reap(deadline_s=config.deadlines.start_s):
+                progress.warn(f"deleted the Serve applications that {dead}, a run that is dead, had left")
         yield
     finally:
-        if config.ray.address is not None and not learner_only:
+        if shared:
             try:
                 await delete_applications(run_id, deadline_s=config.deadlines.stop_s)
             except (NoAnswer, RayActorError, RayTaskError) as error:

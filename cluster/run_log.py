@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import experience_log
+from cluster.half_written import sweep
 from cluster.json_lines import JsonLines
 from contracts.disk import is_full
 from contracts.events import Event
@@ -101,7 +101,7 @@ class RunLog:
                 print(f"{lines.path}: the last {lost} lines found no room on the disk", file=sys.stderr)
         if self._board is not None:
             self._board.close()
-        self._sweep()
+        sweep(self.run_dir)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
@@ -113,20 +113,7 @@ class RunLog:
         for logged in experience_log.steps(self.run_dir):
             if logged > step:
                 experience_log.path_of(self.run_dir, logged).unlink()
-        self._sweep()
-
-    def _sweep(self) -> None:
-        for unfinished in half_written(self.run_dir):
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished, ignore_errors=True)  # a rank may still write, if it was not stopped in time
-            else:
-                unfinished.unlink(missing_ok=True)
-
-
-def half_written(run_dir: Path) -> list[Path]:
-    """What a run was writing when it ended."""
-    files = run_dir.glob("*.partial"), run_dir.glob("*/*.partial"), run_dir.glob(".report.html.*")
-    return sorted(path for found in files for path in found)
+        sweep(self.run_dir)
 
 
 def metrics_rows(run_dir: Path) -> dict[int, dict[str, Any]]:

@@ -111,6 +111,11 @@ class Command:
         self._popen.wait(30)
         self.processes.wait_gone(0)
 
+    def kill_driver(self) -> None:
+        """kill -9 of the driver alone."""
+        self._popen.kill()
+        self._popen.wait(30)
+
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for `condition`; fails with the command's output when it ends first or the deadline passes."""
         expires = time.monotonic() + DEADLINE_S

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.doctor import leftovers, software
+from cluster.doctor import leftovers, software, stale
 from cluster.doctor.finding import Finding
 from cluster.doctor.machine import GIB, available_memory_gib, free_disk_gib, visible_gpus
 
@@ -25,8 +25,13 @@ MIN_OPEN_FILES = 4096
 _COLORS = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
-def diagnose() -> list[Finding]:
-    """Look at everything; takes about a second, changes nothing, imports neither torch, ray nor vllm."""
+def diagnose(folder: Path = Path("runs"), address: str | None = None) -> list[Finding]:
+    """Look at everything; takes about a second, changes nothing, imports neither torch, ray nor vllm.
+
+    Args:
+        folder: a run, or where runs lie.
+        address: of a Ray cluster that is asked what dead runs left on it (some seconds more); None: none is.
+    """
     gpus = visible_gpus()
     return [
         software.check_python(),
@@ -43,7 +48,12 @@ def diagnose() -> list[Finding]:
         *check_environment(os.environ),
         leftovers.check_cluster_pointer(),
         leftovers.check_segments(),
+        leftovers.check_shared_memory(),
+        leftovers.check_half_written(folder),
         leftovers.check_ray_processes(),
+        leftovers.check_orphans(),
+        leftovers.check_session_folders(),
+        *([stale.check_applications(address)] if address else []),
     ]
 
 

@@ -1,6 +1,7 @@
 """Each check of `headrace doctor` against a made-up machine, and the report as a whole."""
 
 import io
+import mmap
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster.doctor import Finding, diagnose, diagnosis, exit_status, leftovers, print_findings, software
+from cluster.doctor import Finding, diagnose, diagnosis, exit_status, leftovers, print_findings, software, stale
 
 
 def install(monkeypatch, **versions):
@@ -207,3 +208,111 @@ def test_ray_processes_of_this_user_are_named(monkeypatch):
     monkeypatch.setattr(psutil, "process_iter", lambda attributes: processes)
     finding = leftovers.check_ray_processes()
     assert (finding.status, finding.detail) == ("warn", "raylet 10")
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A segment in shared memory that this process has mapped, and one that none has any more."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        pytest.skip("there is no /dev/shm")
+    used, unused = (folder / f"psm_headrace_test_{os.getpid()}_{name}" for name in ("used", "unused"))
+    for file in (used, unused):
+        file.write_bytes(bytes(1 << 20))
+    with used.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        yield used, unused
+    used.unlink()
+    unused.unlink(missing_ok=True)
+
+
+def test_shared_memory_that_no_process_maps_is_found(memory, monkeypatch):
+    used, unused = memory
+    monkeypatch.setattr(leftovers, "_SEGMENTS", (f"psm_headrace_test_{os.getpid()}_*",))
+    finding = leftovers.check_shared_memory()
+    assert (finding.status, finding.advice) == ("warn", f"remove {unused}")
+    assert finding.detail == "1 segments that no process of yours uses, 1 MiB"
+    unused.unlink()
+    assert leftovers.check_shared_memory().status == "ok"
+    assert used.exists()
+
+
+def test_half_written_files_of_old_runs_are_found(tmp_path):
+    run, other = tmp_path / "runs" / "a", tmp_path / "runs" / "no-run"
+    for folder in (
+        run / "checkpoints" / "step-000004.partial",
+        run / "checkpoints" / "step-000003",
+        run / "experience",
+    ):
+        folder.mkdir(parents=True)
+    other.mkdir()
+    whole, cut = run / "checkpoints" / "step-000002", run / "checkpoints" / "step-000003"
+    whole.mkdir()
+    (whole / "MANIFEST.json").touch()
+    (run / "config.yaml").touch()
+    half = [run / "checkpoints" / "step-000004.partial", cut, run / "experience" / "step-000005.partial"]
+    half[2].write_bytes(bytes(1 << 20))
+    (other / "x.partial").touch()
+    for folder in (tmp_path / "runs", run):
+        assert leftovers.check_half_written(folder).status == "ok"  # as new as those of a run that goes on
+    for path in half:
+        os.utime(path, (0, 0))
+    for folder in (tmp_path / "runs", run):
+        finding = leftovers.check_half_written(folder)
+        assert finding.status == "warn"
+        assert finding.detail == f"3 in {folder}, 1 MiB"
+        named = set(finding.advice.split("or remove ")[1].split())
+        assert named == {str(path) for path in half}
+    assert all(path.exists() for path in half)
+    assert leftovers.check_half_written(tmp_path / "none").status == "ok"
+
+
+SLEEPER = "import time; print('up', flush=True); time.sleep(120)"
+
+
+def test_orphaned_workers_are_found():
+    """One whose parent has ended, beside one that still has it."""
+    command = f"['ray::Orphan', '-c', {SLEEPER!r}], executable=sys.executable, stdout=subprocess.DEVNULL"
+    start = f"import subprocess, sys; p = subprocess.Popen({command})"
+    told = subprocess.run(
+        [sys.executable, "-c", f"{start}; print(p.pid, flush=True)"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    child = subprocess.Popen(["VLLM::Child", "-c", SLEEPER], executable=sys.executable, stdout=subprocess.DEVNULL)
+    orphan = psutil.Process(int(told.stdout.split()[0]))
+    try:
+        found = dict(leftovers.orphans())
+        assert found[orphan.pid].startswith("ray::Orphan")
+        assert child.pid not in found
+        assert str(orphan.pid) in leftovers.check_orphans().advice.split()
+    finally:
+        orphan.kill()
+        child.kill()
+        child.wait(10)
+
+
+def test_folders_of_ended_ray_sessions_are_found(tmp_path):
+    ended, going_on = (
+        tmp_path / "session_2026-01-01_00-00-00_000000_1",
+        tmp_path / "session_2026-01-02_00-00-00_000000_2",
+    )
+    for folder in (ended, going_on):
+        folder.mkdir()
+        (folder / "spilled").write_bytes(bytes(1 << 20))
+    raylet = subprocess.Popen([sys.executable, "-c", SLEEPER, str(going_on)], stdout=subprocess.PIPE)
+    try:
+        assert raylet.stdout.readline() == b"up\n"
+        finding = leftovers.check_session_folders(tmp_path)
+    finally:
+        raylet.kill()
+        raylet.wait(10)
+    assert finding.status == "warn"
+    assert finding.detail == f"1 of ended sessions in {tmp_path}, 1 MiB"
+    assert finding.advice.endswith(f"remove {ended}")
+    assert ended.exists()
+
+
+def test_a_cluster_that_does_not_answer_is_no_crash_of_the_doctor(monkeypatch):
+    monkeypatch.setattr(stale, "_ASK", "raise ConnectionError('nobody listens')")
+    finding = stale.check_applications("127.0.0.1:1")
+    assert (finding.status, finding.name) == ("warn", "Serve applications")
+    assert finding.detail == "the cluster at 127.0.0.1:1 could not be asked: ConnectionError: nobody listens"

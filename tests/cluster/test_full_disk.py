@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster import experience_log, recover
-from cluster.run_log import RunLog, half_written, write_json
+from cluster.half_written import half_written
+from cluster.run_log import RunLog, write_json
 from contracts.disk import DiskFull, is_full
 from contracts.events import Event
 from contracts.stopping import StopRequest

@@ -133,6 +133,7 @@ def test_unfinished_checkpoints_go(tmp_path):
     whole = tmp_path / "checkpoints" / "step-000003"
     partial.mkdir(parents=True)
     whole.mkdir()
+    (whole / "MANIFEST.json").touch()
     resumed(tmp_path, 3)
     assert (partial.exists(), whole.exists()) == (False, True)
 

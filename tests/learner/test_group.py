@@ -314,7 +314,7 @@ class Owner:
         return os.getpid()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_lost_batch_is_sent_again_and_trained_once(
     one_rank, two_ranks, tiny_model: Path, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
@@ -336,6 +336,7 @@ def test_a_lost_batch_is_sent_again_and_trained_once(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_a_batch_that_one_rank_has_and_another_lost_is_trained_once(
     two_ranks, tiny_model: Path, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
