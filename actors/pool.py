@@ -10,7 +10,7 @@ with no response in between, the pool fails with the actor's own error.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from transformers import AutoConfig
 
-from actors.admission import check_rollout
+from actors.admission import BadRollout, check_rollout
 from actors.delivery import Delivery, Published, WeightsRefused
 from actors.line import Line
 from actors.rollout import RolloutActor, RolloutRequest, Started
@@ -29,6 +29,7 @@ from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
 from contracts.events import Event, first_line
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
+from models.engine import WeightsError
 from models.engine_adapters import AdapterSettings
 
 _FIRST_BACKOFF_S = 1.0
@@ -48,7 +49,8 @@ class Worker:
     """One rollout actor as the pool sees it; `busy` runs while it holds requests.
 
     `version` is the one it has proved. `update` runs while it is brought to a newer one. `node` is the address of its
-    machine, `node_id` Ray's id of it. `deaths` is how many died in its place since one there gave a response.
+    machine, `node_id` Ray's id of it. `deaths` is how many died in its place since one there gave a response. `index`
+    is its place among `num_workers`, which a replacement takes over.
     """
 
     actor_id: str
@@ -58,6 +60,7 @@ class Worker:
     node: str = ""
     node_id: str = ""
     deaths: int = 0
+    index: int = 0
     update: asyncio.Task[None] | None = None
     busy: BusyClock = field(default_factory=BusyClock)
     since: float = field(default_factory=now)
@@ -78,6 +81,7 @@ class RolloutPool:
         adapters: AdapterSettings | None = None,
         weights_key: bytes | None = None,
         actor_class: Any = RolloutActor,
+        repeatable: bool = False,
     ) -> None:
         self._model = model
         self._config = config
@@ -89,6 +93,7 @@ class RolloutPool:
         self._adapters = adapters
         self._weights_key = weights_key
         self._actor_class = actor_class
+        self._repeatable = repeatable
         self.on_change: Callable[[Event], None] = lambda event: None
         self.on_update: Callable[[], None] = lambda: None  # a worker serves a newer version
         self._delivery = Delivery(deadline_s=deadlines.weights_s)
@@ -119,7 +124,7 @@ class RolloutPool:
             NoAnswer, RuntimeError: an actor did not come up; carries its own error.
         """
         self._vocabulary = await asyncio.to_thread(_vocabulary_of, self._path)
-        await asyncio.gather(*(self._start_worker() for _ in range(self._config.num_workers)))
+        await asyncio.gather(*(self._start_worker(index) for index in range(self._config.num_workers)))
 
     def reserve(self, num_requests: int, *, oldest_version: int = 0) -> Worker | None:
         """The least loaded worker with room that serves `oldest_version` or newer, places for the requests taken.
@@ -168,6 +173,63 @@ class RolloutPool:
                 except WorkerLost:
                     continue
 
+    async def generate_together(
+        self, index: int, requests: Sequence[RolloutRequest], *, deadline_s: float
+    ) -> list[Rollout | BadRollout]:
+        """A worker's share of a round, under the newest weights, in batches whose shapes repeat.
+
+        Waits for the worker of that index to have them. One that dies, or has not answered after `deadline_s`, is
+        replaced, and its replacement is asked for the whole share again, so that the bits are the same.
+
+        Raises:
+            NoAnswer: no worker of that index was ready in time, or none answered in `max_deaths_in_a_row` attempts.
+            RuntimeError: the pool has failed.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            start_s = self._deadlines.start_s + self._deadlines.weights_s
+            who, asked = f"rollout actor {index}", "be up with the newest weights"
+            worker = await answer(self._worker_at(index), who=who, asked=asked, deadline_s=start_s)
+            who, asked = f"rollout actor {worker.actor_id}", f"finish {len(requests)} responses of a round"
+            try:
+                with worker.busy, self.busy:
+                    ref = worker.handle.generate_together.remote(list(requests), deadline_s=deadline_s)
+                    try:
+                        answers = await answer(ref, who=who, asked=asked, deadline_s=deadline_s, node=worker.node)
+                    except asyncio.CancelledError:
+                        ray.cancel(ref)
+                        raise
+            except (RayActorError, RayTaskError, NoAnswer) as error:
+                if isinstance(error, RayTaskError) and not isinstance(error.cause, WeightsError):
+                    raise
+                self._lose(worker, error)
+                if isinstance(error, NoAnswer) and attempt >= self._config.max_deaths_in_a_row:
+                    raise
+                continue
+            worker.deaths = 0
+            return [self._checked(worker, request, each) for request, each in zip(requests, answers, strict=True)]
+
+    async def _worker_at(self, index: int) -> Worker:
+        """The worker of that index, once it serves the newest weights."""
+        while True:
+            if self.failure.done():
+                self.failure.result()
+            for worker in self.workers:
+                if worker.index == index and worker.version == self.newest_version:
+                    return worker
+            await asyncio.sleep(_FREE_POLL_S)
+
+    def _checked(self, worker: Worker, request: RolloutRequest, said: Rollout | str) -> Rollout | BadRollout:
+        if isinstance(said, str):
+            return BadRollout(f"{worker.actor_id}: {said}")
+        newest, vocabulary = self.newest_version, self._vocabulary
+        try:
+            check_rollout(said, request, actor_id=worker.actor_id, newest_version=newest, vocabulary=vocabulary)
+        except BadRollout as bad:
+            return bad
+        return said
+
     def publish(self, update: WeightsUpdate, payload: list[ray.ObjectRef]) -> None:
         """Bring new weights to every worker, in the background; those that do not take them are replaced."""
         self._delivery.publish(update, payload)
@@ -194,7 +256,7 @@ class RolloutPool:
         held, who, node = worker.line.num_waiting, worker.actor_id, worker.node
         consequence = f"gets no new requests, {held} running ones have {deadline_s:g} s; another is started"
         self.on_change(Event("drain", who, cause, consequence, node))
-        self._start_another(f"{who} had to leave", worker.deaths)
+        self._start_another(worker.index, f"{who} had to leave", worker.deaths)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
@@ -226,9 +288,10 @@ class RolloutPool:
             self._disconnect(worker, WorkerLost(f"rollout actor {worker.actor_id} is stopped with the run"))
         await asyncio.gather(*(self._stop_worker(worker) for worker in workers))
 
-    async def _start_worker(self, *, cause: str = "", deaths: int = 0) -> None:
+    async def _start_worker(self, index: int, *, cause: str = "", deaths: int = 0) -> None:
         """`cause`: why another one is needed."""
-        actor_id = f"rollout-{self._started}"
+        # Of a repeatable run every file is the same, however often a worker was replaced.
+        actor_id = f"rollout-{index if self._repeatable else self._started}"
         self._started += 1
         handle = self._actor_class.options(
             num_cpus=self._config.num_cpus, num_gpus=self._config.num_gpus, **self._placement()
@@ -240,6 +303,7 @@ class RolloutPool:
             version=self._path_version,
             adapters=self._adapters,
             weights_key=self._weights_key,
+            repeatable=self._repeatable,
         )
         try:
             started: Started = await answer(
@@ -252,7 +316,7 @@ class RolloutPool:
             if node_id in self._leaving_nodes:
                 raise NodeLeaves(f"rollout actor {actor_id} came up on node {node}, which is being drained")
             line = Line(actor_id, handle, self._deadlines, node=node, on_lost=lambda error: self._lose(worker, error))
-            worker = Worker(actor_id, handle, started.version, line, node, node_id, deaths)
+            worker = Worker(actor_id, handle, started.version, line, node, node_id, deaths, index)
             # Newest weights first: a fresh engine must never serve its initial ones as if they were current.
             await self._delivery.bring_up_to_date(worker)
         except BaseException as error:
@@ -304,24 +368,24 @@ class RolloutPool:
         if deaths > self._config.max_deaths_in_a_row:
             consequence = "none is started any more"
         self.on_change(Event("death", worker.actor_id, cause, consequence, worker.node))
-        self._start_another(f"{worker.actor_id} was lost", deaths, error)
+        self._start_another(worker.index, f"{worker.actor_id} was lost", deaths, error)
 
     def _disconnect(self, worker: Worker, error: WorkerLost) -> None:
         if worker.update is not None:
             worker.update.cancel()
         worker.line.close(error)
 
-    def _start_another(self, cause: str, deaths: int, error: Exception | None = None) -> None:
-        task = asyncio.ensure_future(self._replace(cause, deaths, error))
+    def _start_another(self, index: int, cause: str, deaths: int, error: Exception | None = None) -> None:
+        task = asyncio.ensure_future(self._replace(index, cause, deaths, error))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
-    async def _replace(self, cause: str, deaths: int, error: Exception | None) -> None:
+    async def _replace(self, index: int, cause: str, deaths: int, error: Exception | None) -> None:
         while deaths <= self._config.max_deaths_in_a_row:
             if deaths:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (deaths - 1))
             try:
-                return await self._start_worker(cause=cause, deaths=deaths)
+                return await self._start_worker(index, cause=cause, deaths=deaths)
             except (RayActorError, RayTaskError, NoAnswer, WeightsRefused, NodeLeaves) as again:
                 error = again
                 deaths += 1

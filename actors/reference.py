@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,10 @@ class ReferenceReplica:
     async def logprobs(self, requests: list[ReferenceRequest]) -> list[list[float]]:
         return await asyncio.to_thread(self._logprobs, requests)
 
+    async def logprobs_together(self, requests: list[ReferenceRequest]) -> list[list[float]]:
+        """As one batch, with nothing else in it: the same requests give the same bits."""
+        return await asyncio.to_thread(self._logprobs, requests)
+
     @torch.inference_mode()
     def _logprobs(self, requests: list[ReferenceRequest]) -> list[list[float]]:
         prompts = [request.prompt_tokens for request in requests]
@@ -79,6 +84,19 @@ class ReferenceModel:
         who, asked = "the reference model", "give reference log-probabilities"
         logprobs: list[float] = await ask(
             lambda: self._handle.logprobs.remote(request), who=who, asked=asked, deadline_s=self._deadline_s
+        )
+        return logprobs
+
+    async def logprobs_together(self, responses: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """Of several (prompt, response) pairs, computed as one batch, so that bits repeat.
+
+        Raises:
+            NoAnswer: no replica answered in time.
+        """
+        requests = [ReferenceRequest(*pair) for pair in responses]
+        who, asked = "the reference model", f"give reference log-probabilities of {len(requests)} responses"
+        logprobs: list[list[float]] = await ask(
+            lambda: self._handle.logprobs_together.remote(requests), who=who, asked=asked, deadline_s=self._deadline_s
         )
         return logprobs
 

@@ -65,6 +65,11 @@ class _Replica:
         values = await asyncio.to_thread(self._scores, requests)
         return [self._reply(value) for value in values]
 
+    async def score_together(self, requests: list[ScoreRequest]) -> list[Score]:
+        """As one batch, with nothing else in it: the same requests give the same bits."""
+        values = await asyncio.to_thread(self._scores, requests)
+        return [self._reply(value) for value in values]
+
     def _scores(self, requests: list[ScoreRequest]) -> Sequence[float | str]:
         raise NotImplementedError
 
@@ -147,6 +152,17 @@ class RewardHandle:
         score: Score = await ask(lambda: self.handle.score.remote(request), who=who, asked=asked, deadline_s=deadline_s)
         return score
 
+    async def score_together(self, requests: list[ScoreRequest], *, deadline_s: float) -> list[Score]:
+        """The scores of one batch, which no other response shares. Sent again where its replica died."""
+        who, asked = f"reward component {self.config.name}", f"score {len(requests)} responses"
+        scores: list[Score] = await ask(
+            lambda: self.handle.score_together.remote(requests), who=who, asked=asked, deadline_s=deadline_s
+        )
+        return scores
+
+
+Reward = tuple[float, dict[str, float], str]  # the sum, each component's score by name, the versions that gave them
+
 
 class RewardComponents:
     """All components of a reward: asked at the same time, summed by weight, each score kept."""
@@ -159,22 +175,46 @@ class RewardComponents:
     def handles(self) -> tuple[RewardHandle, ...]:
         return self._handles
 
-    async def score(self, prompt: Prompt, response: str) -> tuple[float, dict[str, float], str]:
+    async def score(self, prompt: Prompt, response: str) -> Reward:
         """The weighted sum, each component's score by name, and the versions that gave them.
 
         Raises:
             BadSample: a component raised or gave a score that is not finite.
             NoAnswer: a component did not answer in time.
         """
-        messages = [dict(message) for message in prompt.messages]
-        request = ScoreRequest(messages, prompt.text, response, prompt.columns)
+        request = _request(prompt, response)
         scores = await asyncio.gather(*(handle.score(request, deadline_s=self._deadline_s) for handle in self._handles))
+        return self._summed(scores)
+
+    async def score_together(self, asked: Sequence[tuple[Prompt, str]]) -> list[Reward | BadSample]:
+        """What `score` gives for each, or raises: computed as one batch by each component, so that bits repeat.
+
+        Raises:
+            NoAnswer: a component did not answer in time.
+        """
+        requests = [_request(prompt, response) for prompt, response in asked]
+        by_component = await asyncio.gather(
+            *(handle.score_together(requests, deadline_s=self._deadline_s) for handle in self._handles)
+        )
+        rewards: list[Reward | BadSample] = []
+        for index in range(len(requests)):
+            try:
+                rewards.append(self._summed([scores[index] for scores in by_component]))
+            except BadSample as bad:
+                rewards.append(bad)
+        return rewards
+
+    def _summed(self, scores: Sequence[Score]) -> Reward:
         for handle, score in zip(self._handles, scores, strict=True):
             if score.error:
                 raise BadSample(f"reward component {handle.config.name}: {score.error}")
         components = {handle.config.name: score.value for handle, score in zip(self._handles, scores, strict=True)}
         total = sum(handle.config.weight * components[handle.config.name] for handle in self._handles)
         return total, components, "+".join(score.version for score in scores)
+
+
+def _request(prompt: Prompt, response: str) -> ScoreRequest:
+    return ScoreRequest([dict(message) for message in prompt.messages], prompt.text, response, prompt.columns)
 
 
 async def deploy_reward(

@@ -24,9 +24,10 @@ from actors.mailbox import Finished, Mailbox
 from contracts.config import ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import answer
-from models.engine import Engine
+from models.engine import Engine, Generation
 from models.engine_adapters import AdapterSettings
 from models.engine_core import CoreWatch
+from models.engine_together import SamplingRequest
 from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
 
 SENDER = "learner rank 0"
@@ -72,8 +73,10 @@ class RolloutActor:
         version: int,
         adapters: AdapterSettings | None = None,
         weights_key: bytes | None = None,
+        repeatable: bool = False,
     ) -> None:
         self._actor_id = actor_id
+        self._repeatable = repeatable
         self._model = model
         self._config = config
         self._path = path
@@ -100,6 +103,7 @@ class RolloutActor:
             threads=self._config.threads,
             seed=seed,
             weights_version=self._version,
+            repeatable=self._repeatable,
             adapters=self._adapters,
         )
         self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
@@ -143,6 +147,27 @@ class RolloutActor:
             temperature=request.temperature,
             seed=request.seed,
         )
+        return self._rollout(request, generation)
+
+    async def generate_together(self, requests: list[RolloutRequest], *, deadline_s: float) -> list[Rollout | str]:
+        """A share of a round, in batches whose shapes repeat; a text says why there is no response to its request.
+
+        Raises:
+            WeightsError: the engine is broken.
+        """
+        asked = [
+            SamplingRequest(
+                request.trajectory_id, request.prompt_tokens, request.max_tokens, request.temperature, request.seed
+            )
+            for request in requests
+        ]
+        generations = await self._running_engine().generate_together(asked, deadline_s=deadline_s)
+        return [
+            str(generation) if isinstance(generation, ValueError) else self._rollout(request, generation)
+            for request, generation in zip(requests, generations, strict=True)
+        ]
+
+    def _rollout(self, request: RolloutRequest, generation: Generation) -> Rollout:
         if generation.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"{request.trajectory_id}: the engine ended it with {generation.finish_reason!r}")
         return Rollout(

@@ -63,7 +63,13 @@ async def _evaluate(config: Config, saved: checkpoints.Checkpoint, progress: Pro
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(config, run_id, progress))
         pool = RolloutPool(
-            config.model, config.rollout, config.deadlines, path=str(saved.policy), version=saved.step, seed=config.seed
+            config.model,
+            config.rollout,
+            config.deadlines,
+            path=str(saved.policy),
+            version=saved.step,
+            seed=config.seed,
+            repeatable=config.deterministic,
         )
         stack.push_async_callback(pool.stop)
         progress.phase("Starting the engine, reward replicas and the reference model")

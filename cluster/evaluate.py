@@ -14,10 +14,11 @@ import numpy as np
 
 from actors.pool import RolloutPool
 from actors.reference import ReferenceModel
-from actors.reward import BadSample, RewardComponents
+from actors.reward import BadSample, Reward, RewardComponents
 from cluster.intervals import Interval, mean_interval, paired_difference
 from cluster.preferences import sample
 from cluster.progress import Progress
+from cluster.together import reference_together, score_together
 from contracts.config import Config
 from contracts.records import SCHEMA_VERSION, Prompt, Rollout
 
@@ -61,7 +62,7 @@ async def evaluate(job: Evaluated) -> Evaluation:
     job.progress.phase(f"Evaluating version {job.version} on {len(job.eval_prompts)} held-out prompts")
     rollouts = await sample(job.config, prompts, job.pool, purpose="evaluation", progress=job.progress)
     job.progress.waiting("scores of held-out responses")
-    measured = await asyncio.gather(*(_measure(job, *pair) for pair in zip(prompts, rollouts, strict=True)))
+    measured = await _measure_all(job, prompts, rollouts)
     job.progress.waiting("")
     groups = [measured[start : start + repeats] for start in range(0, len(measured), repeats)]
     kept = [index for index, group in enumerate(groups) if not any(isinstance(row, BadSample) for row in group)]
@@ -86,18 +87,44 @@ async def evaluate(job: Evaluated) -> Evaluation:
     )
 
 
+async def _measure_all(
+    job: Evaluated, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+) -> list[dict[str, float] | BadSample]:
+    responses = list(zip(prompts, rollouts, strict=True))
+    if not job.config.deterministic:
+        return list(await asyncio.gather(*(_measure(job, *pair) for pair in responses)))
+    scoring, reference_size = job.config.reward_workers.max_batch_size, job.config.reference_workers.max_batch_size
+    rewards, golds, references = await asyncio.gather(
+        score_together(job.rewards, responses, batch_size=scoring),
+        score_together(job.judges, responses, batch_size=scoring),
+        reference_together(job.reference, rollouts, batch_size=reference_size),
+    )
+    return [_values(*each) for each in zip(rollouts, rewards, golds, references, strict=True)]
+
+
 async def _measure(job: Evaluated, prompt: Prompt, rollout: Rollout) -> dict[str, float] | BadSample:
     try:
-        (reward, components, _), (_, gold, _), reference = await asyncio.gather(
+        reward, gold, reference = await asyncio.gather(
             job.rewards.score(prompt, rollout.response_text),
             job.judges.score(prompt, rollout.response_text),
             job.reference.logprobs(rollout.prompt_tokens, rollout.response_tokens),
         )
     except BadSample as bad:
         return bad
-    scores = {"reward": reward} if len(components) > 1 else {}
+    return _values(rollout, reward, gold, reference)
+
+
+def _values(
+    rollout: Rollout, reward: Reward | BadSample, gold: Reward | BadSample, reference: list[float]
+) -> dict[str, float] | BadSample:
+    if isinstance(reward, BadSample):
+        return reward
+    if isinstance(gold, BadSample):
+        return gold
+    total, components, _ = reward
+    scores = {"reward": total} if len(components) > 1 else {}
     scores |= {f"reward/{name}": score for name, score in components.items()}
-    scores |= {f"gold/{name}": score for name, score in gold.items()}
+    scores |= {f"gold/{name}": score for name, score in gold[1].items()}
     return scores | {
         "kl_to_reference": sum(rollout.behavior_logprobs) - sum(reference),
         "response_tokens": float(len(rollout.response_tokens)),

@@ -54,8 +54,10 @@ class Job:
     last_checkpoint: Checkpoint | None = None
     checkpoint_overdue: bool = False  # the disk had no room for it: tried again after each step
     resumption: Resumption | None = None  # None: a fresh run
+    standing: dict[str, Any] = field(default_factory=dict)  # when the newest batch was chosen, or at the start
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits
+    _next_round: asyncio.Future[None] | None = None  # set while `next_round` waits
     _homeless: deque[tuple[Lease, int, asyncio.Future[Worker]]] = field(default_factory=deque)
 
     @property
@@ -91,6 +93,8 @@ class Job:
             issued = self._issue()
             if issued is not None:
                 self._collector.set_result(issued)
+        if self._next_round is not None and not self._next_round.done() and self.lacking:
+            self._next_round.set_result(None)
         self.queue.notify()
 
     async def next_lease(self) -> tuple[Lease, Worker]:
@@ -103,6 +107,30 @@ class Job:
             self._collector = asyncio.get_running_loop().create_future()
             issued = await self._collector
         return issued
+
+    @property
+    def lacking(self) -> int:
+        """Groups that the next batch lacks and that may start on the published weights, in a deterministic run."""
+        if not self.more_wanted:
+            return 0
+        started = self.leases.started()
+        return max(0, self.bound.room(started, version=self.version, training_version=self.choosing))
+
+    async def next_round(self) -> list[Lease]:
+        """The leases of the next round of a deterministic run: all that the next batch lacks. One task may wait.
+
+        What unblocks it: a published version.
+        """
+        while not self.lacking:
+            self._next_round = asyncio.get_running_loop().create_future()
+            await self._next_round
+        num_workers = self.config.rollout.num_workers
+        leases = [
+            self.leases.issue(self._next_prompt(), version=self.version, actor_id=f"rollout-{number % num_workers}")
+            for number in range(self.lacking)
+        ]
+        self.queue.settle(self.leases.oldest_running)
+        return leases
 
     async def another_worker(self, lease: Lease, num_requests: int) -> tuple[Lease, Worker]:
         """A lease whose worker died, issued again as soon as there is room elsewhere, first come first served.
@@ -122,7 +150,9 @@ class Job:
         worker = self.pool.reserve(self.leases.num_samples, oldest_version=oldest)
         if worker is None:
             return None
-        prompt = self.pending.pop(0) if self.pending else self.prompts.next()
-        lease = self.leases.issue(prompt, version=worker.version, actor_id=worker.actor_id)
+        lease = self.leases.issue(self._next_prompt(), version=worker.version, actor_id=worker.actor_id)
         self.queue.settle(self.leases.oldest_running)
         return lease, worker
+
+    def _next_prompt(self) -> Prompt:
+        return self.pending.pop(0) if self.pending else self.prompts.next()

@@ -68,6 +68,10 @@ class LeaseBook:
         """Groups not yet in the queue, by the version they started at."""
         return self._running_at.copy()
 
+    def started(self) -> Counter[int]:
+        """Groups not trained yet, by the version they started at."""
+        return self._started_at.copy()
+
     @property
     def oldest_running(self) -> int:
         """The number of the oldest running group; where none runs, of the next one to be issued."""

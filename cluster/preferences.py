@@ -15,11 +15,13 @@ from typing import Any
 
 import ray
 
+from actors.admission import BadRollout
 from actors.pool import RolloutPool
 from actors.reward import ScoreRequest, call_function, load_function
 from actors.rollout import RolloutRequest
 from cluster.progress import Progress
 from cluster.run_log import write_json
+from cluster.together import generate_together
 from contracts.config import Config, ConfigError, SimulatedVotes
 from contracts.records import Comparison, Prompt, Rollout
 from contracts.seeds import derive_seed
@@ -108,10 +110,8 @@ async def sample(
 ) -> list[Rollout]:
     """One response to each prompt, outside the training stream and in the order of the prompts."""
     done = 0
-
-    async def one(index: int, prompt: Prompt) -> Rollout:
-        nonlocal done
-        request = RolloutRequest(
+    requests = [
+        RolloutRequest(
             trajectory_id=f"{purpose}-{index}",
             prompt_id=prompt.prompt_id,
             group_id=purpose,
@@ -120,12 +120,24 @@ async def sample(
             temperature=config.sampling.temperature,
             seed=derive_seed(config.seed, purpose, index),
         )
+        for index, prompt in enumerate(prompts)
+    ]
+
+    async def one(request: RolloutRequest) -> Rollout:
+        nonlocal done
         rollout = await pool.generate_somewhere(request, deadline_s=config.deadlines.lease_s)
         done += 1
         progress.waiting(f"responses: {done} of {len(prompts)}" if done < len(prompts) else "")
         return rollout
 
-    return list(await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts))))
+    if not config.deterministic:
+        return list(await asyncio.gather(*(one(request) for request in requests)))
+    progress.waiting(f"{len(requests)} responses")
+    found = await generate_together(pool, config, [[request] for request in requests])
+    progress.waiting("")
+    if bad := [each for each in found.values() if isinstance(each, BadRollout)]:
+        raise bad[0]
+    return [each for each in found.values() if isinstance(each, Rollout)]
 
 
 def _gold(function: str, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[float]:

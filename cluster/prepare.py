@@ -18,9 +18,10 @@ from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
 from cluster.preflight.adapters import check_adapters
 from cluster.progress import Progress
+from cluster.recover import standing
 from cluster.reproducible import decisive_settings
 from cluster.resume import restore, resumption
-from cluster.run_log import RunLog, write_json
+from cluster.run_log import RunLog, write_json, write_whole
 from contracts.config import Config, dump
 from contracts.events import Event, first_line
 from contracts.records import Prompt
@@ -47,7 +48,7 @@ async def prepare(
         await asyncio.to_thread(check_adapters, config.training.lora, base_path, "model.path")
     prompts, eval_prompts = render_prompts(config, preflight, tokenizer, progress)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+    write_whole(config.output_dir / "config.yaml", dump(config))
     write_json(config.output_dir / "environment.json", versions())
     log = RunLog(
         config.output_dir,
@@ -77,6 +78,7 @@ async def prepare(
         seed=config.seed,
         adapters=adapters,
         weights_key=key,
+        repeatable=config.deterministic,
     )
     pool.on_change = log.event
     stack.push_async_callback(pool.stop)
@@ -133,6 +135,7 @@ async def prepare(
         open_work = f"{len(job.queue)} groups in the queue, {len(job.pending)} prompts issued again"
         cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in found.problems)))
         log.event(Event("resume", "the run", cause, f"goes on after step {job.version}: {open_work}"))
+    job.standing = standing(job, job.version)
     return job
 
 

@@ -228,6 +228,9 @@ async def _write_checkpoint(job: Job, step: int) -> None:
         "open_prompts": [prompt.prompt_id for prompt in (*job.leases.open_prompts, *job.pending)],
         "queued": {group.group_id: group.started_version for group in groups},
     }
+    if job.config.deterministic:  # what has begun since is done again under the same ids, it does not expire
+        state |= {name: job.standing[name] for name in ("prompts", "leases", "open_prompts")} | {"queued": {}}
+        groups = ()
     write_json(folder / "state" / "run.json", state)
     samples = [sample for group in groups for sample in group.samples]
     pq.write_table(experience_table(samples), folder / "state" / "queue.parquet")

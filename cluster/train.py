@@ -20,8 +20,7 @@ from typing import Any
 from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
-from actors.rollout import RolloutRequest
-from cluster import recover, resume
+from cluster import recover, resume, rounds
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
 from cluster.leases import Lease
@@ -31,13 +30,12 @@ from cluster.prepare import prepare
 from cluster.progress import Progress
 from cluster.report import evaluation_table, write_report
 from cluster.run_log import write_json
+from cluster.samples import admit, finish_group, request_for
 from contracts.clock import now
 from contracts.config import Config
 from contracts.records import ScoredRollout
-from contracts.seeds import derive_seed
 from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer
-from learner.experience import problem_of, rewards_equal
 from learner.experience_queue import ScoredGroup
 
 _LOOK_AGAIN_S = 5.0
@@ -81,7 +79,12 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
 
 
 async def collect(job: Job) -> None:
-    """Keep the rollout actors full, one task a prompt group. `Job.next_lease` waits for room and freshness."""
+    """Keep the rollout actors full, one task a prompt group. `Job.next_lease` waits for room and freshness.
+
+    A deterministic run collects in rounds, because timing decides nothing there.
+    """
+    if job.config.deterministic:
+        await rounds.collect(job)
     async with asyncio.TaskGroup() as groups:
         while True:
             lease, worker = await job.next_lease()
@@ -108,27 +111,12 @@ async def collect_group(job: Job, lease: Lease, worker: Worker) -> None:
         if any(isinstance(error, NoAnswer) for error in errors):
             return
         lease, worker = await job.another_worker(lease, len(errors))
-    good = tuple(sample for sample in scored.values() if sample is not None)
-    if good and job.config.algorithm.drop_equal_groups and rewards_equal(good):
-        recover.drop(job, lease)
-    elif good:
-        await job.queue.put(ScoredGroup(lease.group_id, lease.started_version, good))
-        job.leases.queued(lease)
-        job.expired_in_a_row = 0
-    await job.notify()
+    await finish_group(job, lease, scored.values())
 
 
 async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: str) -> ScoredRollout | None:
     """One response, scored as soon as it is finished; None if it had to be quarantined."""
-    request = RolloutRequest(
-        trajectory_id=trajectory_id,
-        prompt_id=lease.prompt.prompt_id,
-        group_id=lease.group_id,
-        prompt_tokens=lease.prompt.tokens,
-        max_tokens=job.config.sampling.max_response_tokens,
-        temperature=job.config.sampling.temperature,
-        seed=derive_seed(job.config.seed, trajectory_id),
-    )
+    request = request_for(job.config, lease, trajectory_id)
     try:
         rollout = await job.pool.generate(worker, request, deadline_s=job.config.deadlines.lease_s)
     except BadRollout as bad:
@@ -137,18 +125,13 @@ async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: 
     await job.notify()
     try:
         with job.scoring:
-            (reward, components, version), reference = await asyncio.gather(
+            reward, reference = await asyncio.gather(
                 job.rewards.score(lease.prompt, rollout.response_text), job.reference_logprobs(rollout)
             )
     except BadSample as bad:
         await recover.quarantine(job, lease, trajectory_id, reason=str(bad), response=rollout.response_text)
         return None
-    sample = ScoredRollout(rollout, reward, components, version, reference)
-    problem = problem_of(sample, token_budget=job.config.training.micro_batch_tokens)
-    if problem is not None:
-        await recover.quarantine(job, lease, trajectory_id, reason=problem, response=rollout.response_text)
-        return None
-    return sample
+    return await admit(job, lease, rollout, reward, reference)
 
 
 async def learn(job: Job, clock: StepClock) -> None:
@@ -163,7 +146,7 @@ async def learn(job: Job, clock: StepClock) -> None:
     job.dropped_in_a_row = 0
     job.leases.trained(batch)  # nothing is awaited before the log has it, or its `state` is taken
     step = job.version + 1
-    state = recover.standing(job, step)
+    state = job.standing = recover.standing(job, step)
     await recover.written(job, f"the batch of step {step}", lambda: job.log.experience(step, samples, state))
     await job.notify()
     job.progress.waiting(f"the learner: step {job.version + 1}")

@@ -249,6 +249,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     steps: PositiveInt = 100
     resume: bool = False
+    deterministic: bool = Field(
+        default=False,
+        description="the same run gives the same bits, interrupted or not: generation in rounds, which costs time",
+    )
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward_workers: ReplicaConfig = ReplicaConfig()
@@ -299,6 +303,16 @@ class Config(Section):
             )
         if self.model.critic_path is not None and (self.algorithm.name, self.algorithm.critic) != ("ppo", "separate"):
             raise ValueError("model.critic_path is given, but only algorithm.critic `separate` of ppo loads it")
+        if self.deterministic and self.streaming.max_lag_steps > 0:
+            raise ValueError(
+                f"deterministic: true needs streaming.max_lag_steps 0, not {self.streaming.max_lag_steps}: what is "
+                "sampled while weights change depends on when they arrive"
+            )
+        if self.deterministic and self.model.dtype == "float32" and self.training.lora is None:
+            raise ValueError(
+                "deterministic: true needs model.dtype bfloat16 (or training.lora): checkpoints hold the policy in "
+                "bfloat16, so that engines which start from one would not serve what float32 ones had"
+            )
         if self.queue_samples < self.training.batch_size:
             raise ValueError(
                 f"streaming.queue_samples {self.queue_samples} is less than training.batch_size "

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,15 @@ from models.engine_core import computed_s
 from models.engine_files import new_path, remove_leftovers
 from models.engine_shadow import Shadow
 from models.engine_start import child_environment, start_vllm
-from models.engine_update import UpdateTimes, WeightsError, answer, exchange, resume_whole
+from models.engine_together import SamplingRequest, add_while_paused, last_output
+from models.engine_update import RECOVERY_S, UpdateTimes, WeightsError, answer, exchange, resume_whole
 from models.engine_weights import ExpectedWeights, expected_weights
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 T = TypeVar("T")
 
@@ -104,6 +107,7 @@ class Engine:
         threads: int | None = None,
         seed: int = 0,
         prefix_caching: bool = True,
+        repeatable: bool = False,
         weights_version: int = 0,
         adapters: AdapterSettings | None = None,
         start_timeout_s: float = 600.0,
@@ -115,7 +119,9 @@ class Engine:
         `gpu_memory_utilization` of their memory. `weights_version` labels the weights of
         `model`; with `adapters`, those of `model` under the initial adapter, and then the
         engine takes adapters and no other weights; any other engine holds its weights a second
-        time in shared memory. Takes about 10 s on CPU; gives up after `start_timeout_s`.
+        time in shared memory. A `repeatable` one gives the same bits for the same requests if they come
+        together (`generate_together`), whatever it did before: no prefix is cached, and no batch is
+        formed while another runs. Takes about 10 s on CPU; gives up after `start_timeout_s`.
 
         Raises ValueError where `adapters` do not fit the model, RuntimeError where vLLM is not
         installed, is the build for other hardware, shared memory is short, or the engine core
@@ -129,8 +135,10 @@ class Engine:
             "tensor_parallel_size": tensor_parallel_size,
             "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
             "seed": seed,
-            "enable_prefix_caching": prefix_caching,
+            "enable_prefix_caching": prefix_caching and not repeatable,
         }
+        if repeatable:
+            arguments["async_scheduling"] = False
         if num_gpus:
             arguments["gpu_memory_utilization"] = gpu_memory_utilization
         else:
@@ -200,24 +208,14 @@ class Engine:
         Raises ValueError for a prompt the model cannot take, WeightsError once the engine is
         broken: its weights are lost, or its core has died.
         """
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import TokensPrompt
+        from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         await self._accepting.wait()
         self._raise_if_broken()
-        params = SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            # Top-p and top-k would renormalise the log-probs; the trainer's are not.
-            top_p=1.0,
-            top_k=0,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        request = SamplingRequest(request_id, prompt_tokens, max_tokens, temperature, seed, stop_token_ids)
+        params = request.params()
         with self._adapters.newest() if self._adapters else nullcontext() as adapter:
             # The salt keeps prefixes cached before an exchange apart. A version would not do: its requests go on
             # under the next one's weights and cache that mixture, and a rollback serves it again.
@@ -227,6 +225,8 @@ class Engine:
             running.add_done_callback(self._running.discard)
             try:
                 return _generation(await running, adapter)
+            except VLLMValidationError as error:
+                raise ValueError(str(error)) from error
             except EngineDeadError as error:
                 self._break(f"its core died: {error}")
                 raise WeightsError(f"engine is broken: {self.broken}") from error
@@ -234,6 +234,36 @@ class Engine:
                 if self.broken and running.cancelled():
                     raise WeightsError(f"engine is broken: {self.broken}") from None
                 raise
+
+    async def generate_together(
+        self, requests: Sequence[SamplingRequest], *, deadline_s: float
+    ) -> list[Generation | ValueError]:
+        """One response to each request, in batches that depend on the requests and the weights alone.
+
+        The engine core is paused until it has all of them, in their order: then it never waits for one that
+        comes later, and the shapes of its batches, to which its last bits are due, repeat with the requests.
+        Nothing else may run meanwhile. A prompt that the model cannot take gets a ValueError in its place.
+
+        Waits `deadline_s` for the core to take the requests, and for the responses without a deadline of its own:
+        cancelling aborts them. Raises WeightsError once the engine is broken, RuntimeError where it is busy.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        expires = time.monotonic() + deadline_s
+        with self._adapters.newest() if self._adapters else nullcontext() as adapter:
+            try:
+                async with self._update_lock:
+                    self._raise_if_broken()
+                    if self._running:
+                        raise RuntimeError(f"{len(self._running)} other requests run: responses would not repeat")
+                    lora_request = adapter.request if adapter else None
+                    added = await self._add_together(requests, lora_request, expires)
+                waiting = [each for each in added if not isinstance(each, ValueError)]
+                outputs = iter(await self._together(waiting))
+            except EngineDeadError as error:
+                self._break(f"its core died: {error}")
+                raise WeightsError(f"engine is broken: {self.broken}") from error
+            return [each if isinstance(each, ValueError) else _generation(next(outputs), adapter) for each in added]
 
     @property
     def shadow_tensors(self) -> Mapping[str, Tensor]:
@@ -377,6 +407,36 @@ class Engine:
             if output.finished:
                 return output.outputs[0]
         raise RuntimeError(f"request {request_id} ended without an output")
+
+    async def _add_together(
+        self, requests: Sequence[SamplingRequest], lora_request: LoRARequest | None, expires: float
+    ) -> list[RequestOutputCollector | ValueError]:
+        """Where it fails in the middle the core may stay paused, so that the engine is broken then."""
+        try:
+            return await add_while_paused(self._llm, requests, lora_request=lora_request, expires=expires)
+        except BaseException as error:
+            self._break(f"requests that came together did not reach its core: {error!r}")
+            if isinstance(error, WeightsError):
+                raise WeightsError(f"engine is broken: {self.broken}") from error
+            raise
+
+    async def _together(self, added: Sequence[RequestOutputCollector]) -> list[CompletionOutput]:
+        """The last output of each, counted as running until then."""
+        tasks = [asyncio.ensure_future(last_output(collector)) for collector in added]
+        for task in tasks:
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            if self.broken:
+                raise WeightsError(f"engine is broken: {self.broken}") from None
+            abort = self._llm.abort([collector.request_id for collector in added], internal=True)
+            await self._answer(abort, "abort", time.monotonic() + RECOVERY_S)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _finished(self, update: Coroutine[Any, Any, UpdateTimes]) -> UpdateTimes:
         """Runs an update to its end, also where the caller is cancelled: a resume must not get lost."""

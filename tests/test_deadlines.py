@@ -16,6 +16,7 @@ WITHOUT = {
     "cluster/cli.py main: task": "the whole run",
     "cluster/job.py another_worker: found": "room at a worker; pool.failure ends the run where none comes any more",
     "cluster/job.py next_lease: self._collector": "room at a worker; pool.failure ends the run where none comes",
+    "cluster/job.py next_round: self._next_round": "the version that is being trained: deadlines.learn_s, weights_s",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
@@ -29,11 +30,13 @@ WITHOUT = {
     "models/engine.py _final_output: self._llm.generate(prompt, params, request_id, lora_request=lora_request)": "the "
     "lease of the request, deadlines.lease_s, aborts it",
     "models/engine.py _finished: task": "an update, of which every call to the engine core has the deadline",
+    "models/engine.py _together: tasks": "the pool, which replaces an actor that takes longer than deadlines.lease_s",
     "models/engine.py check_health: self._llm.check_health()": "vLLM only looks at a flag of this process",
     "models/engine.py generate: running": "the lease of the request, deadlines.lease_s, aborts it",
     "models/engine.py generate: self._accepting.wait()": "an update, of which every call to the core has the deadline",
     "models/engine_start.py start_vllm: AsyncLLM.from_engine_args(engine_args)": "VLLM_ENGINE_READY_TIMEOUT_S, which "
     "child_environment sets to start_timeout_s",
+    "models/engine_together.py last_output: collector.get()": "the pool, as for _together",
     "models/vllm_weights.py watch: psutil.Process(owner_pid).wait()": "a thread that ends the core when its owner ends",
 }
 

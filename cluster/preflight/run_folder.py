@@ -30,6 +30,8 @@ MAY_CHANGE_ON_RESUME = (
     "logging",
     "evaluation",
 )
+# Of a deterministic run they stay: batch shapes and threads decide its bits.
+_DECISIVE_WHEN_DETERMINISTIC = ("rollout", "reward_workers", "reference_workers", "learner")
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")
 _SHOWN_DIFFERENCES = 5
 
@@ -73,7 +75,7 @@ def differences(saved: Config, current: Config) -> list[str]:
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not _may_change(name)
+        if before.get(name) != after.get(name) and not _may_change(name, deterministic=saved.deterministic)
     ]
 
 
@@ -89,7 +91,9 @@ def _check_same_run(config: Config) -> None:
         )
 
 
-def _may_change(name: str) -> bool:
+def _may_change(name: str, *, deterministic: bool) -> bool:
+    if deterministic and name.split(".")[0] in _DECISIVE_WHEN_DETERMINISTIC:
+        return False
     return any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE_ON_RESUME)
 
 
