@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
-from actors.rollout import RolloutRequest
+from actors.mailbox import RolloutRequest
 from contracts.records import FinishReason, Rollout
 
 

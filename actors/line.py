@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError
 
 from actors.admission import BadRollout
-from actors.mailbox import Answer, Finished
+from actors.mailbox import Answer, Finished, RolloutRequest
 from contracts.clock import now
 from contracts.config import DeadlinesConfig
 from contracts.records import Rollout
 from contracts.waiting import NoAnswer, answer
-
-if TYPE_CHECKING:
-    from actors.rollout import RolloutRequest
 
 _POLL_S = 5.0
 _AGAIN_S = 0.2

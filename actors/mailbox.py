@@ -12,13 +12,34 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from contracts.records import Rollout
-from models.engine import WeightsError
+from models.engine_update import WeightsError
 
-if TYPE_CHECKING:  # it imports this file
-    from actors.rollout import RolloutRequest
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One response to sample. `seed` makes the draw repeatable for equal batch shapes."""
+
+    trajectory_id: str
+    prompt_id: str
+    group_id: str
+    prompt_tokens: list[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """What an actor says when its engine is up: the weights version it serves, and where it runs.
+
+    `node` is the address of the machine, `node_id` Ray's id of it (hex).
+    """
+
+    version: int
+    node: str
+    node_id: str
 
 
 @dataclass(frozen=True)

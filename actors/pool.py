@@ -22,7 +22,8 @@ from transformers import AutoConfig
 from actors.admission import BadRollout, check_rollout
 from actors.delivery import Delivery, Published, WeightsRefused
 from actors.line import Line
-from actors.rollout import RolloutActor, RolloutRequest, Started
+from actors.mailbox import RolloutRequest, Started
+from actors.rollout import RolloutActor
 from actors.roster import Roster
 from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig

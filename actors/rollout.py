@@ -12,7 +12,6 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,7 +19,7 @@ from ray.exceptions import RayError
 from transformers import AutoTokenizer
 
 from actors.delivery import WeightsAnswer
-from actors.mailbox import Finished, Mailbox
+from actors.mailbox import Finished, Mailbox, RolloutRequest, Started
 from contracts.config import ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import answer
@@ -32,31 +31,6 @@ from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
 
 SENDER = "learner rank 0"
 _LAST_WORDS_BYTES = 4000
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """One response to sample. `seed` makes the draw repeatable for equal batch shapes."""
-
-    trajectory_id: str
-    prompt_id: str
-    group_id: str
-    prompt_tokens: list[int]
-    max_tokens: int
-    temperature: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Started:
-    """What an actor says when its engine is up: the weights version it serves, and where it runs.
-
-    `node` is the address of the machine, `node_id` Ray's id of it (hex).
-    """
-
-    version: int
-    node: str
-    node_id: str
 
 
 @ray.remote

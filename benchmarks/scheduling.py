@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ from cluster.loopback import stay_on_loopback
 stay_on_loopback()
 
 import ray
+from transformers import AutoConfig
 
-from actors.rollout import RolloutRequest
+from actors.delivery import WeightsAnswer
+from actors.mailbox import Finished, Mailbox, RolloutRequest, Started
+from actors.pool import RolloutPool
+from cluster import train
+from cluster.metrics import StepClock
 from cluster.run_log import RunLog
 from cluster.simulate import Simulation, ideal, simulate
 from cluster.simulated import Cluster, SimulatedPool, SimulatedWorker, Workload
 from cluster.virtual_time import VirtualTime
-from contracts.records import Rollout
-from contracts.waiting import answer
+from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
+from contracts.records import Rollout, WeightsUpdate
 
 INSTANT = Cluster(
     slots=256,
@@ -122,30 +128,34 @@ class InstantPool(SimulatedPool):
 
 @ray.remote
 class InstantActor:
-    """A rollout actor whose engine takes no time."""
+    """A rollout actor on the real line to the pool whose engine takes no time."""
 
-    def __init__(self, response_tokens: int) -> None:
-        self._response_tokens = response_tokens
+    def __init__(self, actor_id: str, model: ModelConfig, config: RolloutConfig, *, version: int, **more: Any) -> None:
+        self._version = version
+        self._mailbox = Mailbox(self.generate)
+        self._response_tokens = int(os.environ["RESPONSE_TOKENS"])
 
-    async def generate(self, request: RolloutRequest, version: int) -> Rollout:
-        return response(request, version, self._response_tokens)
+    async def start(self, *, seed: int) -> Started:
+        return Started(self._version, "127.0.0.1", "")
 
+    async def submit(self, requests: list[tuple[int, RolloutRequest]]) -> None:
+        self._mailbox.submit(requests)
 
-class RayPool(SimulatedPool):
-    """The same behind Ray calls."""
+    async def cancel(self, numbers: list[int]) -> None:
+        self._mailbox.cancel(numbers)
 
-    def __init__(self, *args: Any, handles: list[Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._handles = handles
+    async def finished(self, *, received: int, wait_s: float) -> Finished:
+        return Finished(*await self._mailbox.unreceived(received=received, wait_s=wait_s))
 
-    async def generate(self, worker: SimulatedWorker, request: RolloutRequest, *, deadline_s: float) -> Rollout:
-        handle = self._handles[int(worker.actor_id.removeprefix("rollout-"))]
-        try:
-            with worker.busy, self.busy:
-                ref = handle.generate.remote(request, worker.version)
-                return await answer(ref, who=worker.actor_id, asked="finish a response", deadline_s=deadline_s)
-        finally:
-            self._roster.release(worker)
+    async def generate(self, request: RolloutRequest) -> Rollout:
+        return response(request, self._version, self._response_tokens)
+
+    async def load_weights(self, update: WeightsUpdate, payload: object, *, deadline_s: float) -> WeightsAnswer:
+        self._version = update.version
+        return WeightsAnswer(update.version, 0.0)
+
+    async def stop(self) -> None:
+        pass
 
 
 def response(request: RolloutRequest, version: int, num_tokens: int) -> Rollout:
@@ -168,32 +178,54 @@ def control_plane(arguments: argparse.Namespace) -> None:
     num_tokens = arguments.response_tokens
     print("| engines | trajectories/s |")
     print("| --- | ---: |")
-    in_process = {"answered": lambda request, version: response(request, version, num_tokens)}
+
+    def in_process(cluster: Cluster, tasks: asyncio.TaskGroup, folder: Path) -> SimulatedPool:
+        answered = partial(response, num_tokens=num_tokens)
+        return InstantPool(cluster, tasks, seed=0, version=0, answered=answered)
+
     profile = cProfile.Profile() if arguments.profile else None
-    rate = asyncio.run(drive(arguments, InstantPool, 1, in_process, profile))
+    rate = asyncio.run(drive(arguments, in_process, 1, profile))
     print(f"| in this process | {rate:.0f} |", flush=True)
-    if arguments.ray_actors:
-        ray.init(address="local", num_cpus=max(arguments.ray_actors), include_dashboard=False, log_to_driver=False)
-        try:
-            for number in arguments.ray_actors:
-                handles = [InstantActor.remote(num_tokens) for _ in range(number)]  # type: ignore[attr-defined]
-                for handle in handles:
-                    ray.get(handle.generate.remote(RolloutRequest("t", "p", "g", [1], 1, 1.0, 0), 0), timeout=60)
-                rate = asyncio.run(drive(arguments, RayPool, number, {"handles": handles}, None))
-                print(f"| {number} Ray actor(s) | {rate:.0f} |", flush=True)
-                for handle in handles:
-                    ray.kill(handle)
-        finally:
-            ray.shutdown()
     if profile is not None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(arguments.profile)
+    if arguments.ray_actors:
+        options: Any = {"env_vars": {"RESPONSE_TOKENS": str(num_tokens)}}
+        ray.init(
+            address="local",
+            num_cpus=max(arguments.ray_actors),
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=options,
+        )
+        try:
+            for number in arguments.ray_actors:
+                profile = cProfile.Profile() if arguments.profile else None
+                rate = asyncio.run(drive(arguments, ray_pool, number, profile))
+                print(f"| {number} Ray actor(s) | {rate:.0f} |", flush=True)
+                if profile is not None:
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(arguments.profile)
+        finally:
+            ray.shutdown()
+
+
+def ray_pool(cluster: Cluster, tasks: asyncio.TaskGroup, folder: Path) -> RolloutPool:
+    """The real pool, of actors that answer at once."""
+    AutoConfig.for_model("llama", vocab_size=1 << 10).save_pretrained(folder / "model")
+    return RolloutPool(
+        ModelConfig(path=str(folder / "model")),
+        RolloutConfig(num_workers=cluster.actors, max_concurrent=cluster.slots),
+        DeadlinesConfig(),
+        path=str(folder / "model"),
+        version=0,
+        seed=0,
+        actor_class=InstantActor,
+    )
 
 
 async def drive(
     arguments: argparse.Namespace,
-    pool: type[SimulatedPool],
+    pool: Callable[[Cluster, asyncio.TaskGroup, Path], Any],
     num_workers: int,
-    options: dict[str, Any],
     profile: cProfile.Profile | None,
 ) -> float:
     """Trajectories a second, from the first request to the last step's row."""
@@ -205,18 +237,41 @@ async def drive(
         async with asyncio.TaskGroup() as tasks:
             simulation = Simulation(cluster, work, tasks, Path(folder), prompt_tokens=arguments.prompt_tokens)
             job: Any = simulation.job
-            job.pool = simulation.pool = pool(cluster, tasks, seed=0, version=0, **options)
-            simulation.pool.on_change = lambda event: job.notify()
+            job.pool = simulation.pool = pool(cluster, tasks, Path(folder))
             job.log = RunLog(Path(folder), resume_step=None, tensorboard=False)
+            await start_workers(job)
             begun = time.perf_counter()
             if profile is not None:
                 profile.enable()
-            await simulation.run()
+            await run_steps(job, arguments.steps)
             if profile is not None:
                 profile.disable()
             seconds = time.perf_counter() - begun
             job.log.close()
-    return arguments.steps * arguments.batch_size / seconds
+            stopping = job.pool.stop()
+            if stopping is not None:
+                await stopping
+    return float(arguments.steps * arguments.batch_size / seconds)
+
+
+async def start_workers(job: Any) -> None:
+    """Of either pool; what notifies the job of a change is a coroutine in the simulated one only."""
+    if isinstance(job.pool, SimulatedPool):
+        job.pool.on_change = lambda event: job.notify()
+        job.pool.start()
+        return
+    job.pool.on_update = lambda: asyncio.ensure_future(job.notify())
+    await job.pool.start()
+
+
+async def run_steps(job: Any, steps: int) -> None:
+    """As `cluster.train.run`, with nothing before the first step and nothing after the last."""
+    async with asyncio.TaskGroup() as tasks:
+        collecting = tasks.create_task(train.collect(job))
+        clock = StepClock(job)
+        while job.version < steps:
+            await train.learn(job, clock)
+        collecting.cancel()
 
 
 def memory(arguments: argparse.Namespace) -> None:

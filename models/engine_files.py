@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 WEIGHTS_FILE_PREFIX = "headrace-weights-"
+_OPENMP_PREFIX = "__KMP_REGISTERED_LIB_"  # with a process and a user id behind it: Intel's OpenMP, 1 KB a process
 
 
 def weights_folder() -> Path:
@@ -25,7 +26,11 @@ def new_path(label: str) -> Path:
 
 
 def remove_leftovers() -> None:
-    """Delete the weights files and folders of processes that were killed while an engine started or took an adapter."""
+    """Delete files of killed processes: weights, while an engine started or took an adapter, and marks of OpenMP."""
+    for mark in weights_folder().glob(f"{_OPENMP_PREFIX}*_{os.getuid()}"):
+        pid = mark.name.removeprefix(_OPENMP_PREFIX).partition("_")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            mark.unlink(missing_ok=True)
     for path in weights_folder().glob(f"{WEIGHTS_FILE_PREFIX}*"):
         pid = path.name.removeprefix(WEIGHTS_FILE_PREFIX).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):

@@ -45,7 +45,7 @@ def pool(
     ray_session: Processes, tiny_config: Config, newest_model: Path, run: RunCoroutine, events: list[Event]
 ) -> Iterator[RolloutPool]:
     """One worker that started with version 0 and has taken version 5."""
-    settings = {"rollout": {"max_deaths_in_a_row": 2}, "deadlines": {"silent_s": SILENT_S}}
+    settings: dict[str, dict[str, Any]] = {"rollout": {"max_deaths_in_a_row": 2}, "deadlines": {"silent_s": SILENT_S}}
     with running_pool(with_settings(tiny_config, settings), run) as pool:
         pool.on_change = events.append
 
@@ -105,7 +105,7 @@ async def strike_while_generating(
 ) -> tuple[list[Any], Remains]:
     """What 16 requests came to when a process of their worker got a signal."""
     remains, victim = await Remains.of(worker), await ask(worker.handle, whose)
-    requests = await generating(pool, worker, 16)
+    requests: list[Any] = await generating(pool, worker, 16)
     os.kill(victim, what)
     return list(await asyncio.gather(*requests, return_exceptions=True)), remains
 

@@ -372,10 +372,17 @@ def test_the_engine_core_ends_with_a_killed_owner(tmp_path: Path) -> None:
 def test_leftover_weights_of_dead_processes_are_removed() -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
         pass
+    user = os.getuid()
+    marks = {pid: weights_folder() / f"__KMP_REGISTERED_LIB_{pid}_{user}" for pid in (ended.pid, os.getppid())}
+    held = marks[os.getppid()].exists()  # that of a process of somebody else's
     stale, ours = (weights_folder() / f"{WEIGHTS_FILE_PREFIX}{pid}-shadow-1" for pid in (ended.pid, os.getpid()))
-    for path in (stale, ours):
-        path.write_bytes(b"")
+    for path in (stale, ours, *marks.values()):
+        path.touch()
     remove_leftovers()
     assert not stale.exists()
+    assert not marks[ended.pid].exists()
     assert ours.exists()
+    assert marks[os.getppid()].exists()
     ours.unlink()
+    if not held:
+        marks[os.getppid()].unlink()
