@@ -22,9 +22,9 @@ WITHOUT = {
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",
     "learner/experience_queue.py _wait_for_room: let_in": "back-pressure: the learner's next batch makes room",
-    "learner/group.py _all: asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)": "each is in answer()",
-    "learner/group.py _all: calls": "each is in answer(), and was cancelled",
-    "learner/group.py _all: [watcher] if watcher else []": "it was cancelled",
+    "learner/group.py _once: asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)": "each is in answer()",
+    "learner/group.py _once: calls": "each is in answer(), and was cancelled",
+    "learner/group.py _once: [watcher] if watcher else []": "it was cancelled",
     "learner/ranks.py alone: dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)": "nobody "
     "else is in the group",
     "models/engine.py _final_output: self._llm.generate(prompt, params, request_id, lora_request=lora_request)": "the "
@@ -64,7 +64,7 @@ def test_the_waits_that_are_known_to_be_there_are_found(waits: list[Wait]) -> No
     for code in (
         "actors/line.py answer(call, ",
         "actors/delivery.py answer(worker.handle.load_weights.remote(",
-        "actors/reward.py answer(self.handle.score.remote(",
+        "actors/replicas.py answer(until_answered(), ",
         "actors/applications.py answer(deploy, ",
         "learner/group.py self._ranks[0].keyframe.remote()",
         "learner/ranks.py dist.init_process_group(",

@@ -57,7 +57,9 @@ async def process_of(handle: RewardHandle) -> int:
 async def watched(notes: list[Event], deadline_s: float = 60.0) -> AsyncIterator[asyncio.Task[None]]:
     watching = replicas.watch({"test-fragile": WHO}, on_event=notes.append, deadline_s=deadline_s)
     task = asyncio.create_task(watching)
-    await asyncio.sleep(1.5)  # it has seen who runs
+    for _ in range(2):  # its own question was asked before these: it has seen who runs
+        await asyncio.sleep(0.2)
+        await replicas._details(60)
     try:
         yield task
     finally:

@@ -91,19 +91,22 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tiny_model
 
 def test_nothing_outlives_a_driver_that_is_killed(tiny_model: Path, tmp_path: Path) -> None:
     """kill -9 of the driver alone: its Ray and engines end by themselves, and resume=true clears the folder."""
-    write_config(tmp_path, write_project(tmp_path, tiny_model) | {"steps": 6})
+    write_config(tmp_path, write_project(tmp_path, tiny_model) | {"steps": 8, "checkpoint": {"every_steps": 2}})
     run_dir = tmp_path / "run"
     with Command("train", "config.yaml", cwd=tmp_path) as command:
-        command.until(lambda: steps(run_dir) >= 2, "step 2")
+        command.until(lambda: len(finished_checkpoints(run_dir)) == 2, "two checkpoints")
         command.kill_driver()
         assert gone(command.processes, 60.0) == []
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    (run_dir / "checkpoints" / "step-000099.partial").mkdir()
     assert leftovers.orphans() == []
+    (run_dir / "checkpoints" / "step-000099.partial").mkdir(exist_ok=True)
+    newest = run_dir / "checkpoints" / f"step-{finished_checkpoints(run_dir)[-1]:06d}"
+    (newest / "state" / "learner.json").unlink()
     with Command("train", "config.yaml", "resume=true", cwd=tmp_path) as command:
         ended = end(command, run_dir)
     assert ended.status == 0, ended.output
     assert half_written(run_dir) == []
+    (resumed,) = events(run_dir, "resume")
+    assert f"passed over: {newest.relative_to(tmp_path)}/state/learner.json: named in the manifest" in resumed["cause"]
 
 
 def gone(processes: Processes, timeout_s: float) -> list[str]:
