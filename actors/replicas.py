@@ -28,7 +28,7 @@ _LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 T = TypeVar("T")
 
 
-def health_checks(health_s: float) -> dict[str, float]:
+def health_checks(health_s: float) -> dict[str, Any]:
     """Options of a deployment whose replicas are replaced when they leave three checks of `health_s` unanswered."""
     return {"health_check_period_s": _CHECK_PERIOD_S, "health_check_timeout_s": health_s}
 

@@ -219,7 +219,7 @@ def memory(tmp_path):
     used, unused = (folder / f"psm_headrace_test_{os.getpid()}_{name}" for name in ("used", "unused"))
     for file in (used, unused):
         file.write_bytes(bytes(1 << 20))
-    with used.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+    with used.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         yield used, unused
     used.unlink()
     unused.unlink(missing_ok=True)
@@ -300,6 +300,7 @@ def test_folders_of_ended_ray_sessions_are_found(tmp_path):
         (folder / "spilled").write_bytes(bytes(1 << 20))
     raylet = subprocess.Popen([sys.executable, "-c", SLEEPER, str(going_on)], stdout=subprocess.PIPE)
     try:
+        assert raylet.stdout is not None
         assert raylet.stdout.readline() == b"up\n"
         finding = leftovers.check_session_folders(tmp_path)
     finally:
