@@ -74,6 +74,7 @@ class Command:
         self._log = cwd / f"headrace-{self.processes.mark}.log"
         environment = os.environ | self.processes.environment
         executable = Path(sys.executable).with_name("headrace")
+        self._began = time.monotonic()
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
                 [str(executable), *map(str, arguments)],
@@ -93,6 +94,15 @@ class Command:
             self._popen.kill()
         self._popen.wait(30)
         self.processes.wait_gone(0)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self._began
 
     @property
     def output(self) -> str:
