@@ -268,6 +268,17 @@ def test_only_what_does_not_alter_learning_may_change_on_resume(run, tmp_path):
     assert "rewards.1.name: None -> more" in refusal(run(resume=True, rewards=extra))
 
 
+def test_what_decides_the_bits_of_a_deterministic_run_stays(run):
+    config = run(deterministic=True)
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / "config.yaml").write_text(dump(config))
+    finish_checkpoint(config, 20)
+    check(run(resume=True, deterministic=True, steps=500, checkpoint={"keep": 9}))
+    refused = refusal(run(resume=True, deterministic=True, rollout={"num_workers": 2}, learner={"threads": 1}))
+    assert "(learner.threads: None -> 1; rollout.num_workers: 1 -> 2)" in refused
+    assert "deterministic: True -> False" in refusal(run(resume=True))
+
+
 def test_a_saved_configuration_that_cannot_be_read_is_named(run):
     config = run()
     finish_checkpoint(config, 20)

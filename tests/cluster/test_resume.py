@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from cluster import experience_log
 from cluster.preflight.run_folder import finished_checkpoints
+from tests.cluster.same_run import differences
 from tests.cluster.test_train import check_experience, end, steps, write_config, write_project
 from tests.command import Command, rows
 
@@ -98,6 +100,55 @@ def test_a_log_that_was_changed_is_found_out_at_the_step_that_it_changes(tiny_mo
         assert command.status() == 1, command.output
     assert "step 2, computed again, gives other weights than the run published" in command.output
     assert not (tmp_path / "changed").exists()
+
+
+def in_generation(run_dir: Path) -> bool:
+    return steps(run_dir) >= 1 and steps(run_dir) == max(experience_log.steps(run_dir))
+
+
+def in_the_learners_step(run_dir: Path) -> bool:
+    """The batch is logged, its row is not written."""
+    return max(experience_log.steps(run_dir), default=0) > steps(run_dir) >= 2
+
+
+def in_a_checkpoint(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("*.partial"))
+
+
+def training_and(command: Command, moment: Callable[[Path], bool], run_dir: Path) -> Callable[[], bool]:
+    """Not while it starts: a run that was killed at such a moment looks the same until it trains."""
+    return lambda: "Training with" in command.output and moment(run_dir)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2)])
+def test_a_deterministic_run_ends_the_same_however_often_it_was_interrupted(
+    tiny_model: Path, tmp_path: Path, ranks: int, workers: int
+) -> None:
+    config = write_project(tmp_path, tiny_model) | {"steps": 14, "deterministic": True}
+    config["rollout"] |= {"num_workers": workers, "threads": 1}
+    config["learner"] = {"num_ranks": ranks, "threads": 1}
+    config["checkpoint"] = {"every_steps": 2}
+    config["algorithm"] = {"kl_coef": 0.1, "kl_target": 5.0, "normalise_values": True, "normalise_rewards": True}
+    write_config(tmp_path, config)
+    quiet, run_dir = tmp_path / "quiet", tmp_path / "run"
+    with Command("train", "config.yaml", "output_dir=quiet", cwd=tmp_path) as command:
+        assert command.status() == 0, command.output
+    again: list[str] = []
+    for moment in (in_generation, in_the_learners_step, in_a_checkpoint):
+        with Command("train", "config.yaml", *again, cwd=tmp_path) as command:
+            command.until(training_and(command, moment, run_dir), moment.__name__)
+            command.kill()
+        again = ["resume=true"]
+    logged = max(experience_log.steps(run_dir))
+    torn(run_dir / "metrics.jsonl", last_step=logged - 1)  # after the log, before the row
+    with Command("train", "config.yaml", "resume=true", cwd=tmp_path) as command:
+        command.until(lambda: steps(run_dir) > logged, "another step")
+        command.terminate()
+        assert end(command, run_dir).status == 143, command.output
+    with Command("train", "config.yaml", "resume=true", cwd=tmp_path) as command:
+        assert command.status() == 0, command.output
+    assert steps(run_dir) == 14
+    assert differences(quiet, run_dir, scratch=tmp_path / "scratch") == []
 
 
 def files(run_dir: Path) -> dict[str, bytes]:

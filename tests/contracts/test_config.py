@@ -97,6 +97,14 @@ def test_a_wrong_type_is_named(tmp_path, changes, start):
         ({"training": {"micro_batch_tokens": 100}}, "training.micro_batch_tokens 100 is less than one sequence"),
         ({"sampling": {"max_response_tokens": 1024}}, "leaves no room for a prompt"),
         ({"streaming": {"queue_samples": 2}}, "streaming.queue_samples 2 is less than training.batch_size 64"),
+        (
+            {"deterministic": True, "streaming": {"max_lag_steps": 1}},
+            "deterministic: true needs streaming.max_lag_steps 0",
+        ),
+        (
+            {"deterministic": True, "model": {"path": "m", "dtype": "float32"}},
+            "deterministic: true needs model.dtype bf",
+        ),
         ({"rewards": []}, "rewards: "),
         ({"rewards": [{"name": "a"}]}, "rewards.0: give exactly one of model and function"),
         ({"rewards": [{"name": "a", "model": "preferences"}]}, "there is no preferences section"),
