@@ -295,7 +295,10 @@ class RolloutPool:
         actor_id = f"rollout-{index if self._repeatable else self._started}"
         self._started += 1
         handle = self._actor_class.options(
-            num_cpus=self._config.num_cpus, num_gpus=self._config.num_gpus, **self._placement()
+            num_cpus=self._config.num_cpus,
+            num_gpus=self._config.num_gpus,
+            resources=self._config.resources,
+            **self._placement(),
         ).remote(
             actor_id,
             self._model,

@@ -117,7 +117,11 @@ async def deploy_reference(
         ReferenceReplica,
         name="reference",
         num_replicas=replicas.num_replicas,
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        ray_actor_options={
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "resources": replicas.resources,
+        },
         max_ongoing_requests=4 * replicas.max_batch_size,
         **health_checks(health_s),
     )

@@ -231,7 +231,11 @@ async def deploy_reward(
     """Start a component's replicas and wait until all are healthy."""
     options: dict[str, Any] = {
         "num_replicas": replicas.num_replicas,
-        "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        "ray_actor_options": {
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "resources": replicas.resources,
+        },
         "max_ongoing_requests": 4 * replicas.max_batch_size,
         **health_checks(health_s),
     }

@@ -55,6 +55,7 @@ class Job:
     checkpoint_overdue: bool = False  # the disk had no room for it: tried again after each step
     resumption: Resumption | None = None  # None: a fresh run
     standing: dict[str, Any] = field(default_factory=dict)  # when the newest batch was chosen, or at the start
+    leaving: dict[str, float] = field(default_factory=dict)  # ids of nodes that drain -> when they go, on our clock
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits
     _next_round: asyncio.Future[None] | None = None  # set while `next_round` waits

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -69,6 +70,7 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
     if learner_only:
         return ""
     check_cluster_gpus(config)
+    check_cluster_resources(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -90,6 +92,33 @@ def check_cluster_gpus(config: Config) -> None:
             f"rollout, reward_workers, reference_workers and learner ask for {asked:g} GPUs together, the cluster has "
             f"{there:g}; lower num_gpus or num_workers"
         )
+
+
+def check_cluster_resources(config: Config) -> None:
+    """Raises ConfigError where the workers ask for more of a custom resource than the nodes have."""
+    there = ray.cluster_resources()
+    for name, asked in resources_asked(config).items():
+        if asked > there.get(name, 0.0):
+            raise ConfigError(
+                f"rollout, reward_workers, reference_workers and learner ask for {asked:g} of resource {name} "
+                f"together, the cluster has {there.get(name, 0.0):g}; lower resources or num_workers, or start nodes "
+                "with it"
+            )
+
+
+def resources_asked(config: Config) -> dict[str, float]:
+    """Custom resources that all workers of a run reserve together, by name."""
+    components = len(config.rewards) + len(config.evaluation.judges)
+    asked: dict[str, float] = defaultdict(float)
+    for workers, count in (
+        (config.rollout, config.rollout.num_workers),
+        (config.reward_workers, components * config.reward_workers.num_replicas),
+        (config.reference_workers, config.reference_workers.num_replicas),
+        (config.learner, config.learner.num_ranks),
+    ):
+        for name, amount in workers.resources.items():
+            asked[name] += count * amount
+    return asked
 
 
 def gpus_asked(config: Config) -> float:

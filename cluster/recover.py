@@ -173,10 +173,10 @@ async def written(job: Job, what: str, write: Callable[[], None]) -> None:
         await asyncio.sleep(min(_LOOK_AGAIN_S, disk_s / 4))
 
 
-async def checkpoint_or_later(job: Job) -> None:
+async def checkpoint_or_later(job: Job, *, cause: str = "") -> None:
     """A checkpoint; where the disk has no room for it, the run goes on and it is tried again after the next step."""
     try:
-        await checkpoint(job)
+        await checkpoint(job, cause=cause)
     except DiskFull as full:
         if not job.checkpoint_overdue:
             last = f"{job.last_checkpoint.path.name} stays the newest" if job.last_checkpoint else "there is none yet"
@@ -186,7 +186,7 @@ async def checkpoint_or_later(job: Job) -> None:
         job.checkpoint_overdue = True
 
 
-async def checkpoint(job: Job) -> None:
+async def checkpoint(job: Job, *, cause: str = "") -> None:
     """Write a checkpoint of the published version; nothing counts before its manifest is written.
 
     Raises:
@@ -210,7 +210,7 @@ async def checkpoint(job: Job) -> None:
     finally:
         job.progress.waiting("")
     every = job.config.checkpoint.every_steps
-    cause = f"every {every} steps" if step % every == 0 else "the run ends"
+    cause = cause or (f"every {every} steps" if step % every == 0 else "the run ends")
     cause = "there was no room for it before" if job.checkpoint_overdue else cause
     job.checkpoint_overdue = False
     consequence = f"{folder.stem} is whole, written in {now() - began:.1f} s"

@@ -20,7 +20,7 @@ from typing import Any
 from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
-from cluster import recover, resume, rounds
+from cluster import nodes, recover, resume, rounds
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
 from cluster.leases import Lease
@@ -59,11 +59,12 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
         progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
-            watching = raise_pool_failure(job), recover.watch_replicas(job)
+            watching = raise_pool_failure(job), recover.watch_replicas(job), nodes.watch(job)
             background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set():
                 await learn(job, clock)
+                await nodes.make_way(job)
             for task in background:
                 task.cancel()
         if job.last_checkpoint is None or job.last_checkpoint.step != job.version:

@@ -63,6 +63,9 @@ class WorkerConfig(Section):
     threads: PositiveInt | None = Field(
         default=None, description="compute threads; default: all cores of the machine, shared by a learner's ranks"
     )
+    resources: dict[str, Positive] = Field(
+        default_factory=dict, description="of Ray's custom resources, to say on which nodes it may run"
+    )
 
 
 class RolloutConfig(WorkerConfig):
@@ -210,6 +213,7 @@ class DeadlinesConfig(Section):
     rank_s: Positive = Field(default=300.0, description="a learner rank answers, and gets through one more micro-batch")
     checkpoint_s: Positive = Field(default=900.0, description="one checkpoint is written")
     stop_s: Positive = Field(default=30.0, description="one worker stops")
+    nodes_s: Positive = Field(default=120.0, description="the cluster says which nodes it has")
     disk_s: Positive = Field(default=1800.0, description="somebody makes room on a full disk, for a batch or metrics")
 
 

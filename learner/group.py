@@ -72,7 +72,7 @@ class LearnerGroup:
         self._from_checkpoint = snapshot is not None  # what engines hold as the published version
         self._whole = asyncio.Event()  # rank 0 holds the published version
         self._ranks: list[Any] = []
-        self._nodes: list[str] = []  # of the ranks, as far as they have said
+        self._nodes: list[tuple[str, str]] = []  # address and id of the ranks', as far as they have said
 
     async def ready(self) -> int:
         """Start the ranks and load the model on each; returns the number of parameters."""
@@ -152,6 +152,15 @@ class LearnerGroup:
         asked, deadline_s = "give its process id", self._deadlines.rank_s
         return await answer(self._ranks[rank].pid.remote(), who=self._name(rank), asked=asked, deadline_s=deadline_s)
 
+    @property
+    def node_ids(self) -> list[str]:
+        """Ray's ids of the ranks' nodes, in the order of the ranks."""
+        return [node_id for _, node_id in self._nodes]
+
+    async def move(self, cause: str) -> None:
+        """Replace all ranks by new ones, from the last checkpoint; Ray places them on nodes that stay."""
+        await self._repairing("node", (), "start elsewhere", self._deadlines.start_s, moved=cause)
+
     def stop(self) -> None:
         """End the ranks."""
         for rank in self._ranks:
@@ -168,25 +177,31 @@ class LearnerGroup:
             LearnerRank.options(  # type: ignore[attr-defined]
                 num_cpus=self._workers.num_cpus,
                 num_gpus=self._workers.num_gpus,
+                resources=self._workers.resources,
                 runtime_env={"env_vars": training_environment()},
             ).remote(self._settings, self._workers, rank, self._deadlines.rank_s)
             for rank in range(size)
         ]
         start_s = self._deadlines.start_s
         self._nodes = await self._all("node", (), "start", start_s, watch=False)
-        address = await answer(self._ranks[0].address.remote(), who=self._name(0), asked="start", deadline_s=start_s)
+        address = (await self._all("address", (), "start", start_s, watch=False))[0]
         state = str(self._snapshot) if self._snapshot else None
         answers = await self._all("load", (address, state), "load its model", start_s, watch=False)
         return int(answers[0])
 
-    async def _repairing(self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float) -> Any:
-        """Call all ranks; where one fails, replace them, train again what the checkpoint lacks, and repeat the call."""
+    async def _repairing(
+        self, method: str, arguments: tuple[Any, ...], asked: str, deadline_s: float, *, moved: str = ""
+    ) -> Any:
+        """Call all ranks; where one fails, replace them, train again what the checkpoint lacks, and repeat the call.
+
+        With `moved`, the reason, they are replaced first.
+        """
         for attempt in range(_MAX_REFORMS + 1):
             if attempt > 1:
                 await asyncio.sleep(_PAUSE_S * 4 ** (attempt - 2))
             try:
-                if attempt:
-                    await self._reform()
+                if attempt or moved:
+                    await self._reform(moved or "a rank was lost")
                 return await self._all(method, arguments, asked, deadline_s)
             except RankFailure as failure:
                 if attempt == _MAX_REFORMS:
@@ -195,7 +210,7 @@ class LearnerGroup:
                 self._on_change(Event(failure.kind, failure.who, failure.what, consequence, failure.node))
         raise AssertionError("unreachable")
 
-    async def _reform(self) -> None:
+    async def _reform(self, cause: str) -> None:
         self._whole.clear()
         self.stop()
         await self._start()
@@ -207,7 +222,7 @@ class LearnerGroup:
                 await self._seed()
         again = f"trained steps {self._snapshot_step + 1} to {self._step} again"
         again = again if self._step > self._snapshot_step else f"goes on after step {self._step}"
-        self._on_change(Event("restart", "the learner", "a rank was lost", again, self._where(0)))
+        self._on_change(Event("restart", "the learner", cause, again, self._where(0)))
 
     async def _seed(self) -> None:
         """Tell new ranks that what they hold now is the published version: the next one builds on it."""
@@ -324,7 +339,7 @@ class LearnerGroup:
                 raise RankFailure(names, what, self._where(behind[0]) if len(behind) == 1 else "")
 
     def _where(self, number: int) -> str:
-        return self._nodes[number] if self._nodes else ""
+        return self._nodes[number][0] if self._nodes else ""
 
     def _name(self, number: int) -> str:
         return "the learner" if self._workers.num_ranks == 1 else f"learner rank {number} of {self._workers.num_ranks}"

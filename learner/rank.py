@@ -79,7 +79,7 @@ class LearnerRank:
         self._publisher = Publisher(key=settings.weights_key, dense=dense)
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can listen."""
+        """Where this rank could listen; rank 0 does."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -165,9 +165,10 @@ class LearnerRank:
         return 0 if self._learner is None else self._learner.passes
 
     @ray.method(concurrency_group="health")
-    def node(self) -> str:
-        """The address of the machine."""
-        return ray.util.get_node_ip_address()
+    def node(self) -> tuple[str, str]:
+        """The address of the machine, and Ray's id of the node."""
+        context = ray.get_runtime_context()
+        return ray.util.get_node_ip_address(), context.get_node_id()
 
     @ray.method(concurrency_group="health")
     def pid(self) -> int:

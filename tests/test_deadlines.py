@@ -17,6 +17,7 @@ WITHOUT = {
     "cluster/job.py another_worker: found": "room at a worker; pool.failure ends the run where none comes any more",
     "cluster/job.py next_lease: self._collector": "room at a worker; pool.failure ends the run where none comes",
     "cluster/job.py next_round: self._next_round": "the version that is being trained: deadlines.learn_s, weights_s",
+    "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
