@@ -208,6 +208,9 @@ def test_a_drained_worker_finishes_what_it_can_and_hands_the_rest_back(
         lost_after_s = time.monotonic() - began
         await drained
         if whole_node:  # it is the only one, so whatever is started comes up there again
+            async with asyncio.timeout(60):
+                while not any(event.event == "start_failed" for event in events):  # noqa: ASYNC110 another process
+                    await asyncio.sleep(0.01)
             return done, lost_after_s, worker
         other = await until_replaced(pool, worker)
         done += await outcomes(asked(pool, "next"))

@@ -110,7 +110,7 @@ async def strike_while_generating(
     return list(await asyncio.gather(*requests, return_exceptions=True)), remains
 
 
-async def generating(pool: RolloutPool, worker: Worker, number: int) -> list[asyncio.Future[Rollout]]:
+async def generating(pool: RolloutPool, worker: Worker, number: int) -> list[Any]:
     """So many requests to a worker, which has begun with them."""
     assert pool.reserve(number) is worker
     requests = [
