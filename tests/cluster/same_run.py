@@ -20,8 +20,9 @@ rollout_idle_fraction generation_paused_s broadcast_keyframe_bytes"
 
 def differences(one: Path, other: Path, *, scratch: Path) -> list[str]:
     """What is not the same in two run folders, times aside; [] where everything is."""
-    found = []
-    pairs = zip_longest(_facts(one, scratch / "one"), _facts(other, scratch / "other"), fillvalue=("nothing", None))
+    found: list[str] = []
+    nothing: tuple[str, Any] = ("nothing", None)
+    pairs = zip_longest(_facts(one, scratch / "one"), _facts(other, scratch / "other"), fillvalue=nothing)
     for (name, value), (other_name, other_value) in pairs:
         if name != other_name:
             return [*found, f"{name} is in one run where the other has {other_name}"]
