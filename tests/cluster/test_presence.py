@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 
+import pytest
 import ray
 from ray import serve
 
@@ -19,6 +20,7 @@ RUN = """
 import asyncio, sys, time
 from cluster.loopback import stay_on_loopback
 stay_on_loopback()
+import pytest
 import ray
 from ray import serve
 from cluster.presence import announce
@@ -42,6 +44,7 @@ def driver(address: str, run_id: str) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_applications_of_a_killed_driver_are_named_and_deleted_and_no_others(
     ray_session: Processes, run: RunCoroutine
 ) -> None:
