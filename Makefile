@@ -12,7 +12,7 @@ TORCH_BACKEND := --torch-backend=$(if $(filter gpu,$(EXTRA)),auto,cpu)
 endif
 CONSTRAINTS := $(if $(filter cpu,$(EXTRA)),--constraints constraints.txt)
 
-.PHONY: help install train test test-slow check format bench clean
+.PHONY: help install train test test-slow check format bench chaos clean
 
 help:  ## what can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -46,6 +46,10 @@ format: install  ## format and sort imports
 
 bench: install  ## samples per second and where the time goes
 	$(BIN)/python -m benchmarks.throughput
+
+chaos: install  ## 200 steps while everything fails at random (Linux, root for one kind; hours)
+	$(BIN)/python -m benchmarks.chaos --quiet --seeds 0 1 2 --rewards runs/chaos-quiet.json
+	$(BIN)/python -m benchmarks.chaos --seeds 0 1 2 --steps 200 --strikes 5 --against runs/chaos-quiet.json
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
