@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from contracts.disk import DiskFull, is_full
+from learner.plain_state import PlainPlanner, PlainReader
 from learner.ppo import PPOLearner
 from models.adapters import layer_kinds, save_adapter, skeleton
 
@@ -48,13 +49,13 @@ def load_state(learner: PPOLearner, folder: Path) -> None:
     """Take over what `save_state` wrote, on this many ranks or another number; a collective.
 
     Raises:
-        ValueError: it is of another model or algorithm.
+        ValueError: it is of another model or algorithm, or holds more than tensors and plain values.
     """
     learner.restore_counters(json.loads((folder / "learner.json").read_text(encoding="utf-8")))
     state = _state(learner)
     with _quiet():
         _check_same(state, folder / "learner")
-        dcp.load(state, checkpoint_id=folder / "learner")
+        dcp.load(state, storage_reader=PlainReader(folder / "learner"), planner=PlainPlanner())
     set_state_dict(
         learner.policy,
         learner.optimizer,
@@ -108,7 +109,7 @@ def _state(learner: PPOLearner) -> dict[str, Any]:
 
 def _check_same(state: dict[str, Any], folder: Path) -> None:
     """Raise ValueError naming a tensor that is missing on either side or of another shape."""
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = PlainReader(folder).read_metadata().state_dict_metadata
     for name, tensor in state["model"].items():
         found = saved.get(f"model.{name}")
         size = getattr(found, "size", None)
