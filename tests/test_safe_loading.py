@@ -52,15 +52,10 @@ def dangers(source: str) -> Iterator[tuple[int, str]]:
     tree = ast.parse(source)
     names = imported(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            modules = []
-        for module in modules:
-            if UNPICKLING & set(module.split(".")):
-                yield node.lineno, f"import {module}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for module in modules_of(node):
+                if UNPICKLING & set(module.split(".")):
+                    yield node.lineno, f"import {module}"
         if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             name = dotted(node, names)
             module, _, member = name.rpartition(".")
@@ -82,9 +77,14 @@ def dangers_of_call(call: ast.Call, name: str) -> Iterator[tuple[int, str]]:
         yield call.lineno, f"{name} without filter"
 
 
+def modules_of(node: ast.Import | ast.ImportFrom) -> list[str]:
+    inside = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+    return [inside + alias.name for alias in node.names]
+
+
 def imported(tree: ast.AST) -> dict[str, str]:
     """What each name that an import binds stands for."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.asname: alias.name for alias in node.names if alias.asname}
