@@ -16,7 +16,7 @@ import numpy as np
 from contracts.config import SimulatedVotes
 
 Side = Literal["a", "b"]
-Choice = Literal["a", "b", "tie"]
+Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Vote:
-    """One voter's choice; `left` is the response that was shown on the left."""
+    """One voter's choice. `left` is the response that was shown on the left, None where nobody knows; `active_s` the
+    seconds the voter spent on it. A skip says nothing about the pair."""
 
     pair_id: str
     voter: str
     choice: Choice
-    left: Side
+    left: Side | None
+    active_s: float | None = None
 
 
 def simulate_votes(
