@@ -69,7 +69,7 @@ def dawid_skene(
     prior_agree: float = 4.0,
     prior_disagree: float = 2.0,
     max_iterations: int = 500,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
 ) -> Aggregate:
     """Probabilities and voter reliabilities by expectation maximisation, one coin a voter.
 

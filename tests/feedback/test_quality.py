@@ -165,12 +165,12 @@ def direct_dawid_skene(votes: list[Vote], agree: float, disagree: float, rounds:
                 if vote.pair_id != pair:
                     continue
                 r, (tie_better, tie_equal) = reliability[vote.voter], rates[vote.voter]
-                said = {
+                likelihoods = {
                     "a": [(1 - tie_better) * r, (1 - tie_equal) / 2, (1 - tie_better) * (1 - r)],
                     "tie": [tie_better, tie_equal, tie_better],
                     "b": [(1 - tie_better) * (1 - r), (1 - tie_equal) / 2, (1 - tie_better) * r],
                 }[vote.choice]
-                odds = [o * likelihood for o, likelihood in zip(odds, said, strict=True)]
+                odds = [o * likelihood for o, likelihood in zip(odds, likelihoods, strict=True)]
             states[pair] = [o / sum(odds) for o in odds]
     soft = {pair: state[0] + state[1] / 2 for pair, state in states.items()}
     return soft, reliability, {pair: state[1] for pair, state in states.items()}
@@ -271,10 +271,11 @@ def test_ties_are_soft_targets_never_broken():
         return [Vote(pair, f"voter-{n}", choice, "a") for n, choice in enumerate(choices)]
 
     # enough clear pairs to learn that these five voters are good
-    panel = [vote for i in range(40) for vote in votes(f"clear-{i}", *["a" if i % 2 else "b"] * 5)]  # type: ignore[list-item]
-    panel += [vote for i in range(10) for vote in votes(f"equal-{i}", *["tie"] * 5)]  # type: ignore[list-item]
+    sides: tuple[Choice, ...] = ("a", "b")
+    panel = [vote for i in range(40) for vote in votes(f"clear-{i}", *(sides[i % 2],) * 5)]
+    panel += [vote for i in range(10) for vote in votes(f"equal-{i}", "tie", "tie", "tie", "tie", "tie")]
     panel += votes("one", "a", "tie", "tie", "tie", "tie") + votes("most", "a", "a", "a", "a", "tie")
-    panel += votes("bad", *["both_bad"] * 5)
+    panel += votes("bad", "both_bad", "both_bad", "both_bad", "both_bad", "both_bad")
     found = dawid_skene(panel)
     assert found.probability_a["equal-3"] == found.probability_a["bad"] == 0.5
     assert 0.5 < found.probability_a["one"] < 0.6 < 0.95 < found.probability_a["most"]
