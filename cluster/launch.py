@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,10 +21,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.applications import delete_applications
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
+from cluster.capacity import check_capacity, local_cpus
 from cluster.loopback import LOOPBACK
 from cluster.presence import announce, reap
 from cluster.progress import Progress
-from contracts.config import Config, ConfigError, RewardConfig
+from contracts.config import Config, RewardConfig
 from contracts.events import Event
 from contracts.records import ScoredRollout
 from contracts.waiting import NoAnswer, answer
@@ -53,7 +53,7 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
     if config.ray.address is None:
         options |= {
             "address": "local",
-            "num_cpus": config.ray.num_cpus or cpus_asked(config),
+            "num_cpus": config.ray.num_cpus or local_cpus(config),
             "object_store_memory": int(config.ray.object_store_gib * 2**30),
             "include_dashboard": config.ray.dashboard,
             "dashboard_host": LOOPBACK,
@@ -69,8 +69,7 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
         raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
     if learner_only:
         return ""
-    check_cluster_gpus(config)
-    check_cluster_resources(config)
+    check_capacity(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
@@ -82,67 +81,6 @@ def take_sigterm_back() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         signal.siginterrupt(signal.SIGTERM, False)
-
-
-def check_cluster_gpus(config: Config) -> None:
-    """Raises ConfigError where the workers ask for more GPUs than the cluster has."""
-    asked, there = gpus_asked(config), ray.cluster_resources().get("GPU", 0.0)
-    if asked > there:
-        raise ConfigError(
-            f"rollout, reward_workers, reference_workers and learner ask for {asked:g} GPUs together, the cluster has "
-            f"{there:g}; lower num_gpus or num_workers"
-        )
-
-
-def check_cluster_resources(config: Config) -> None:
-    """Raises ConfigError where the workers ask for more of a custom resource than the nodes have."""
-    there = ray.cluster_resources()
-    for name, asked in resources_asked(config).items():
-        if asked > there.get(name, 0.0):
-            raise ConfigError(
-                f"rollout, reward_workers, reference_workers and learner ask for {asked:g} of resource {name} "
-                f"together, the cluster has {there.get(name, 0.0):g}; lower resources or num_workers, or start nodes "
-                "with it"
-            )
-
-
-def resources_asked(config: Config) -> dict[str, float]:
-    """Custom resources that all workers of a run reserve together, by name."""
-    components = len(config.rewards) + len(config.evaluation.judges)
-    asked: dict[str, float] = defaultdict(float)
-    for workers, count in (
-        (config.rollout, config.rollout.num_workers),
-        (config.reward_workers, components * config.reward_workers.num_replicas),
-        (config.reference_workers, config.reference_workers.num_replicas),
-        (config.learner, config.learner.num_ranks),
-    ):
-        for name, amount in workers.resources.items():
-            asked[name] += count * amount
-    return asked
-
-
-def gpus_asked(config: Config) -> float:
-    """GPUs that all workers of a run reserve together."""
-    models = sum(component.model is not None for component in (*config.rewards, *config.evaluation.judges))
-    return (
-        config.rollout.num_workers * config.rollout.num_gpus
-        + models * config.reward_workers.num_replicas * config.reward_workers.num_gpus
-        + config.reference_workers.num_replicas * config.reference_workers.num_gpus
-        + config.learner.num_ranks * config.learner.num_gpus
-    )
-
-
-def cpus_asked(config: Config) -> int:
-    """Ray CPUs that all workers of a run reserve together; a local Ray offers that many, threads do the sharing."""
-    replicas = len(config.rewards) + len(config.evaluation.judges)
-    asked = (
-        config.rollout.num_workers * config.rollout.num_cpus
-        + replicas * config.reward_workers.num_replicas * config.reward_workers.num_cpus
-        + config.reference_workers.num_replicas * config.reference_workers.num_cpus
-        + config.learner.num_ranks * config.learner.num_cpus
-        + 1  # training of the reward model
-    )
-    return max(2, int(asked + 0.999))
 
 
 def learner_group(

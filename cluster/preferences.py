@@ -166,7 +166,10 @@ async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progre
     # One call a worker: the process ends with the training, and its gigabytes with it.
     task: Any = ray.remote(max_calls=1, max_retries=0)(_train_remotely)  # type: ignore[arg-type]
     ref = task.options(
-        num_cpus=worker.num_cpus, num_gpus=worker.num_gpus, runtime_env={"env_vars": training_environment()}
+        num_cpus=worker.num_cpus,
+        num_gpus=worker.num_gpus,
+        resources=dict(worker.resources),
+        runtime_env={"env_vars": training_environment()},
     ).remote(
         list(rows),
         section.reward_model,

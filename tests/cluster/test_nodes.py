@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster import launch
+from cluster import capacity
 from cluster.nodes import Change, Nodes, changes
 from contracts.config import Config, ConfigError
 
@@ -82,7 +82,8 @@ def test_resources_that_no_node_has_are_refused_by_name(ray_session: object, tin
     rollout = tiny_config.rollout.model_copy(update={"num_workers": 2, "resources": {"spot": 0.5}})
     learner = tiny_config.learner.model_copy(update={"num_ranks": 2, "resources": {"spot": 1.0, "fast": 1.0}})
     config = tiny_config.model_copy(update={"rollout": rollout, "learner": learner})
-    assert launch.resources_asked(config) == {"spot": 3.0, "fast": 2.0}
-    with pytest.raises(ConfigError, match="ask for 3 of resource spot together, the cluster has 0;"):
-        launch.check_cluster_resources(config)
-    launch.check_cluster_resources(tiny_config)
+    asked = capacity.resources_asked(config)
+    assert (asked["spot"], asked["fast"]) == (3.0, 2.0)
+    with pytest.raises(ConfigError, match="ask for 3 of resource spot together, the cluster has 0 at most;"):
+        capacity.check_capacity(config)
+    capacity.check_capacity(tiny_config)
