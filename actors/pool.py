@@ -113,6 +113,11 @@ class RolloutPool:
         return self._roster.workers
 
     @property
+    def num_starting(self) -> int:
+        """Actors on their way in the place of others, pauses between attempts included."""
+        return len(self._starting)
+
+    @property
     def newest_version(self) -> int:
         """The newest that any worker can serve: a response that names a later one is not ours."""
         newest = self._delivery.newest_version

@@ -238,7 +238,7 @@ async def drive(
             simulation = Simulation(cluster, work, tasks, Path(folder), prompt_tokens=arguments.prompt_tokens)
             job: Any = simulation.job
             job.pool = simulation.pool = pool(cluster, tasks, Path(folder))
-            job.log = RunLog(Path(folder), resume_step=None, tensorboard=False)
+            job.log = RunLog(Path(folder), resume_step=None)
             await start_workers(job)
             begun = time.perf_counter()
             if profile is not None:

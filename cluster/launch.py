@@ -35,10 +35,10 @@ from learner.rank import LearnerSettings
 from models import bundled
 
 
-def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) -> str:
+def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) -> dict[str, str]:
     """Connect to the configured cluster, or start a local Ray on loopback alone, and Serve unless `learner_only`.
 
-    Returns the dashboard's URL.
+    Returns the URLs that a person may want to open, by what is there.
     """
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -57,6 +57,7 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
             "object_store_memory": int(config.ray.object_store_gib * 2**30),
             "include_dashboard": config.ray.dashboard,
             "dashboard_host": LOOPBACK,
+            "_metrics_export_port": config.logging.metrics_port,
         }
     else:
         options["address"] = config.ray.address
@@ -68,12 +69,14 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
         ray.shutdown()
         raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
     if learner_only:
-        return ""
+        return {}
     check_capacity(config)
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+    dashboard = {"Ray dashboard": f"http://{context.dashboard_url}"} if context.dashboard_url else {}
+    port = context.address_info["metrics_export_port"]
+    return dashboard | {"Prometheus metrics": f"http://{bound_to}:{port}/metrics"}
 
 
 def take_sigterm_back() -> None:
@@ -173,10 +176,10 @@ async def cluster(
     progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
     start = asyncio.to_thread(start_ray, config, Path.cwd(), learner_only=learner_only)
     where = config.ray.address or "on this machine"
-    dashboard = await answer(start, who=f"Ray {where}", asked="start or connect", deadline_s=config.deadlines.start_s)
+    urls = await answer(start, who=f"Ray {where}", asked="start or connect", deadline_s=config.deadlines.start_s)
     take_sigterm_back()
-    if dashboard:
-        progress.note(f"Ray dashboard: {dashboard}")
+    for what, url in urls.items():
+        progress.note(f"{what}: {url}")
     shared = config.ray.address is not None and not learner_only
     try:
         if shared:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -22,6 +24,8 @@ from cluster.recover import standing
 from cluster.reproducible import decisive_settings
 from cluster.resume import restore, resumption
 from cluster.run_log import RunLog, write_json, write_whole
+from cluster.trackers import Trackers, start_trackers
+from cluster.trackers.ray_metrics import RayMetrics, watch
 from contracts.config import Config, dump
 from contracts.events import Event, first_line
 from contracts.records import Prompt
@@ -55,17 +59,28 @@ async def prepare(
         resume_step=found.last_logged if found else None,
         last_row=found.last_row if found else None,
         quarantined=found.quarantined if found else None,
-        tensorboard=config.logging.tensorboard,
     )
     stack.callback(log.close)
     # Called after everything that is started below has been stopped.
     stack.push(lambda kind, error, trace: log.event(ended(error)))
+    trackers = start_trackers(
+        config,
+        last_row=found.last_row if found else None,
+        on_lost=lambda name, cause: tracker_lost(log, progress, name, cause),
+        tell=progress.note,
+    )
+    stack.push_async_exit(lambda kind, error, trace: trackers.close(failed=error is not None))
+    log.on_row = trackers.write
     stack.callback(setattr, stopping, "on_signal", stopping.on_signal)
     stopping.on_signal = lambda name, consequence: log.event(Event("signal", "the run", name, consequence))
     started = f"weights version {saved.step}" if saved else f"{config.steps} steps of {config.model.path}"
     log.event(Event("start", "the run", "resume=true" if saved else "", started))
     run_id = launch.new_run_id()
     await stack.enter_async_context(launch.cluster(config, run_id, progress))
+    measured = RayMetrics(run_id=run_id, run=config.output_dir.resolve().name)
+    stack.callback(measured.close)
+    log.on_event = measured.event
+    log.on_row = lambda row: shown(row, trackers, measured)
     version = saved.step if saved else 0
     path, adapters = policy_to_start_from(config, base_path, saved)
     key = secrets.token_bytes(32)  # who does not have it can send no weights
@@ -136,6 +151,7 @@ async def prepare(
         cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in found.problems)))
         log.event(Event("resume", "the run", cause, f"goes on after step {job.version}: {open_work}"))
     job.standing = standing(job, job.version)
+    stack.callback(asyncio.create_task(watch(job, measured)).cancel)
     return job
 
 
@@ -149,6 +165,18 @@ def policy_to_start_from(
     initial = str(saved.adapter.resolve()) if saved else None
     # Responses may run on that began up to max_lag_steps before the newest version but one.
     return base_path, AdapterSettings(lora, initial, max_versions=config.streaming.max_lag_steps + 2)
+
+
+def shown(row: Mapping[str, Any], trackers: Trackers, measured: RayMetrics) -> None:
+    """A row of metrics.jsonl, everywhere else."""
+    trackers.write(row)
+    measured.row(row)
+
+
+def tracker_lost(log: RunLog, progress: Progress, name: str, cause: str) -> None:
+    """Log and show it: the run goes on without that tracker."""
+    progress.warn(f"{name} is not written to any more: {cause}")
+    log.event(Event("untracked", name, cause, "the run goes on without it, metrics.jsonl has every step"))
 
 
 def worker_changed(job: Job, event: Event) -> None:

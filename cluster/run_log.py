@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics, experience, quarantine, events, TensorBoard. Readable at any moment."""
+"""What a run writes while it trains: metrics, experience, quarantine, events. Readable at any moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from cluster import experience_log
 from cluster.half_written import sweep
 from cluster.json_lines import JsonLines
-from contracts.disk import is_full
 from contracts.events import Event
 from contracts.records import SCHEMA_VERSION, ScoredRollout
 
@@ -28,6 +27,7 @@ class RunLog:
 
     On resume, rows and files past `resume_step` are removed first; of metrics.jsonl rows past `last_row` and of
     quarantine.jsonl all but the first `quarantined`, where these are given.
+    `on_row` and `on_event` are called with each that is written.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class RunLog:
         run_dir: Path,
         *,
         resume_step: int | None,
-        tensorboard: bool,
         last_row: int | None = None,
         quarantined: int | None = None,
     ) -> None:
@@ -52,12 +51,8 @@ class RunLog:
         self._step = resume_step or 0  # the last that has finished
         # Not synced to disk: it is not for a machine that crashes, and an event may come for each engine and version.
         self._events = JsonLines(run_dir / "events.jsonl", synced=False)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
-
-            purge_step = None if last_row is None else last_row + 1
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+        self.on_row: Callable[[Mapping[str, Any]], None] = lambda row: None
+        self.on_event: Callable[[Event], None] = lambda event: None
 
     def experience(self, step: int, batch: Sequence[ScoredRollout], state: Mapping[str, Any]) -> None:
         """Write the batch of a step and where the run stands, whole or not at all, before it is trained on."""
@@ -74,14 +69,7 @@ class RunLog:
         self._events.flush()
         self._metrics.append(row)
         self._step = row["step"]
-        if self._board is not None:
-            try:
-                self._show(row)
-            except OSError as error:  # it shows what metrics.jsonl has, and is not worth waiting for
-                if not is_full(error):
-                    raise
-                print("TensorBoard found no room on the disk and ends here; metrics.jsonl goes on", file=sys.stderr)
-                self._board = None
+        self.on_row(row)
 
     def quarantine(self, *, step: int, trajectory_id: str, prompt_id: str, reason: str, response: str) -> None:
         """Keep a bad trajectory with the reason; it is not trained on."""
@@ -93,21 +81,14 @@ class RunLog:
         """Append one event with the time and the last finished step, in one write."""
         row = {"time": time.time(), **asdict(event), "step": self._step, "schema_version": SCHEMA_VERSION}
         self._events.keep(row)
+        self.on_event(event)
 
     def close(self) -> None:
         """Nothing half-written stays: what a run was writing when it was cancelled goes."""
         for lines in (self._events, self._metrics, self._quarantine):
             if lost := lines.close():
                 print(f"{lines.path}: the last {lost} lines found no room on the disk", file=sys.stderr)
-        if self._board is not None:
-            self._board.close()
         sweep(self.run_dir)
-
-    def _show(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(name, value, row["step"])
-        self._board.flush()
 
     def _cut_back(self, step: int) -> None:
         for logged in experience_log.steps(self.run_dir):

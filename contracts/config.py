@@ -239,8 +239,26 @@ class RayConfig(Section):
     dashboard: bool = True
 
 
+class WandbConfig(Section):
+    """Weights & Biases: `pip install 'headrace[wandb]'`. A resumed run goes on in the same W&B run."""
+
+    project: str = Field(default="headrace", min_length=1)
+    entity: str | None = Field(default=None, description="user or team; default: that of the login")
+    name: str | None = Field(default=None, description="default: the name of output_dir")
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = Field(default="online", description="offline: sent later with `wandb sync`")
+
+
 class LoggingConfig(Section):
+    """Where curves are shown beside metrics.jsonl, which is always written. docs/metrics.md explains them."""
+
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    deadline_s: Positive = Field(default=60.0, description="a tracker that does not answer for longer is given up")
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None, description="where a local Ray offers its metrics to Prometheus; default: any free port"
+    )
 
 
 class Config(Section):

@@ -12,6 +12,7 @@ EventKind = Literal[
     "death",  # it died, fell silent, or does not serve what it should
     "drain",  # it must leave and gets nothing new; and then, that it has left
     "killed",  # it did not stop by itself when asked to
+    "untracked",  # a tracker failed or fell silent
     "expiry",  # a prompt group outlived its lease
     "quarantine",  # a trajectory that cannot be trained on
     "rollover",  # an engine took new weights

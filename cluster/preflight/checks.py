@@ -16,6 +16,7 @@ from actors.prompts import PromptRow, read_rows, split
 from cluster.preflight import capacity, model_files
 from cluster.preflight.adapters import check_adapters
 from cluster.preflight.run_folder import check_output_dir
+from cluster.trackers.weights_and_biases import check_wandb
 from contracts.config import Config, ConfigError
 
 
@@ -50,6 +51,8 @@ def check(config: Config) -> Preflight:
     if local:
         capacity.check_memory(config, policy=policy, reward_models=reward_models)
     train_rows, eval_rows = read_prompts(config)
+    if config.logging.wandb is not None:
+        check_wandb(config.logging.wandb)
     for field, function in _functions(config):
         check_function(function, field)
     return Preflight(train_rows, eval_rows, config.model.path, resume_step)

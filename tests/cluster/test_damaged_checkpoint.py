@@ -69,7 +69,7 @@ def resumed(run_dir: Path, said: Said) -> Any:
 def test_the_checkpoint_before_is_taken_and_said_so(tmp_path: Path, damage: Callable[[Checkpoint], str]) -> None:
     write(tmp_path, 2)
     problem = damage(write(tmp_path, 4))
-    log = RunLog(tmp_path, resume_step=None, tensorboard=False)
+    log = RunLog(tmp_path, resume_step=None)
     for step in (3, 4):  # logged since: trained again, not sampled again
         log.experience(step, [scored_rollout(f"t{step}")], {"step": step, "leases": {"counts": {"quarantined": 0}}})
     log.close()

@@ -27,7 +27,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 def log(disk: SmallDisk) -> Iterator[RunLog]:
-    made = RunLog(disk.folder / "run", resume_step=None, tensorboard=False)
+    made = RunLog(disk.folder / "run", resume_step=None)
     yield made
     made.close()
 

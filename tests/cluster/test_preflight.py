@@ -219,6 +219,14 @@ def test_the_preference_file_has_to_be_there(run, tmp_path):
     assert "is empty" in refusal(run(preferences={"path": str(tmp_path / "empty.jsonl")}))
 
 
+def test_a_login_at_weights_and_biases_is_asked_for_before_the_run(run, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert refusal(run(logging={"wandb": {}})).startswith("logging.wandb: nobody is logged in")
+    check(run(logging={"wandb": {"mode": "offline"}}))
+
+
 # The run folder
 
 

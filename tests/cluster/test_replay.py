@@ -146,7 +146,6 @@ def test_a_resumed_run_goes_on_after_the_last_logged_batch(run_dir: Path, rows: 
         resume_step=found.last_logged,
         last_row=found.last_row,
         quarantined=found.quarantined,
-        tensorboard=False,
     ).close()
     kept = (run_dir / "metrics.jsonl").read_text().count("\n")
     assert kept == last_row

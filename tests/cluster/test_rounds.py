@@ -130,7 +130,7 @@ class Run:
         step = state["step"] if state else 0
         parts: Any = self.workers
         quarantined = state["leases"]["counts"]["quarantined"] if state else None
-        self.log = RunLog(folder, resume_step=step if state else None, tensorboard=False, quarantined=quarantined)
+        self.log = RunLog(folder, resume_step=step if state else None, quarantined=quarantined)
         self.job = Job(
             config=configuration(folder),
             run_id="test",

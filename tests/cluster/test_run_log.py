@@ -20,7 +20,7 @@ COLUMNS = {
 
 
 def log(run_dir, resume_step=None):
-    return RunLog(run_dir, resume_step=resume_step, tensorboard=False)
+    return RunLog(run_dir, resume_step=resume_step)
 
 
 def rows(path):
