@@ -151,7 +151,7 @@ def in_a_process(folder: Path, what: str, mode: str, **environment: str) -> dict
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(LOGGING_RUN), what, config.model_dump_json()],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_SERVICE": ""} | environment,  # not that of this process
         capture_output=True,
         text=True,
         timeout=120,
