@@ -26,6 +26,7 @@ from cluster.preflight.run_folder import finished_checkpoints
 from learner import checkpoint as checkpoints
 from models.weights import digest
 from tests.command import Command, rows
+from tests.curves import documented_curves, offline_runs
 
 # A reward function lives in the user's working directory. What it raises is the reason for quarantine.
 JUDGE = '''
@@ -141,6 +142,7 @@ class Finished:
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     config = write_project(folder, tiny_model) | {"streaming": {"max_lag_steps": 1}}
+    config["logging"] = {"wandb": {"mode": "offline", "project": "tests"}}
     write_config(folder, config)
     run_dir = folder / "run"
     with Command("train", "config.yaml", cwd=folder) as command:
@@ -341,6 +343,20 @@ def test_the_run_directory_holds_what_design_names(finished: Finished) -> None:
     assert resolved["sampling"]["temperature"] == 1.0
     assert "reward/letter" in (finished.run_dir / "report.html").read_text(encoding="utf-8")
     assert list((finished.run_dir / "tensorboard").iterdir())
+
+
+def test_weights_and_biases_has_one_run_with_every_step(finished: Finished) -> None:
+    runs = offline_runs(finished.run_dir)
+    assert [run.run_id for run, _, _ in runs] == [runs[0][0].run_id] * 2
+    logged = [step for _, rows_of_run, _ in runs for step in rows_of_run]
+    assert logged == [row["step"] for row in rows(finished.run_dir / "metrics.jsonl")]
+    assert [status for _, _, status in runs] == [0, 0]
+
+
+def test_every_curve_of_a_run_is_explained(finished: Finished) -> None:
+    explained = documented_curves()
+    written = {key for row in rows(finished.run_dir / "metrics.jsonl") for key in row}
+    assert {key for key in written - explained if not key.startswith("reward/")} == set()
 
 
 @pytest.mark.slow
