@@ -48,6 +48,7 @@ bench: install  ## samples per second and where the time goes
 	$(BIN)/python -m benchmarks.throughput
 
 chaos: install  ## 200 steps while everything fails at random (Linux, root for one kind; hours)
+	mkdir -p runs
 	$(BIN)/python -m benchmarks.chaos --quiet --seeds 0 1 2 --rewards runs/chaos-quiet.json
 	$(BIN)/python -m benchmarks.chaos --seeds 0 1 2 --steps 200 --strikes 5 --against runs/chaos-quiet.json
 

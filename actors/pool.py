@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -68,7 +68,13 @@ class Worker:
 
 
 class RolloutPool:
-    """Starts, feeds, updates and replaces rollout actors."""
+    """Starts, feeds, updates and replaces rollout actors.
+
+    Args:
+        path: the model that the first actors start from, of weights `version`.
+        base_path: the model of version 0, for those that start once a version was published: `path` may be a
+            checkpoint, and older ones are removed. Default: `path`, as `version`.
+    """
 
     def __init__(
         self,
@@ -79,6 +85,7 @@ class RolloutPool:
         path: str,
         version: int,
         seed: int,
+        base_path: str | None = None,
         adapters: AdapterSettings | None = None,
         weights_key: bytes | None = None,
         actor_class: Any = RolloutActor,
@@ -89,6 +96,7 @@ class RolloutPool:
         self._deadlines = deadlines
         self._path = path
         self._path_version = version
+        self._base_path = base_path
         self._seed = seed
         self._vocabulary = 0  # read at the start
         self._adapters = adapters
@@ -299,6 +307,7 @@ class RolloutPool:
         # Of a repeatable run every file is the same, however often a worker was replaced.
         actor_id = f"rollout-{index if self._repeatable else self._started}"
         self._started += 1
+        path, version, adapters = self._start_from()
         handle = self._actor_class.options(
             num_cpus=self._config.num_cpus,
             num_gpus=self._config.num_gpus,
@@ -308,9 +317,9 @@ class RolloutPool:
             actor_id,
             self._model,
             self._config,
-            path=self._path,
-            version=self._path_version,
-            adapters=self._adapters,
+            path=path,
+            version=version,
+            adapters=adapters,
             weights_key=self._weights_key,
             repeatable=self._repeatable,
         )
@@ -338,6 +347,12 @@ class RolloutPool:
         self.on_change(
             Event("restart" if cause else "start", actor_id, cause, f"serves version {worker.version}", node)
         )
+
+    def _start_from(self) -> tuple[str, int, AdapterSettings | None]:
+        """The model folder, its version, and the adapters that a new actor begins with."""
+        if self._base_path is None or self._delivery.newest_version is None:
+            return self._path, self._path_version, self._adapters
+        return self._base_path, 0, replace(self._adapters, initial=None) if self._adapters else None
 
     def _placement(self) -> dict[str, Any]:
         """Away from nodes that are being drained, as long as anything else has room."""

@@ -91,6 +91,7 @@ async def prepare(
         path=path,
         version=version,
         seed=config.seed,
+        base_path=base_path,
         adapters=adapters,
         weights_key=key,
         repeatable=config.deterministic,

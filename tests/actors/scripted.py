@@ -22,8 +22,8 @@ SILENT_S = 2.0
 class ScriptedActor:
     """`generate` obeys the trajectory's name: it answers at once, or holds, or fails."""
 
-    def __init__(self, actor_id: str, *settings: Any, version: int, **more: Any) -> None:
-        self.actor_id, self.version = actor_id, version
+    def __init__(self, actor_id: str, *settings: Any, path: str, version: int, **more: Any) -> None:
+        self.actor_id, self.version, self.began_with = actor_id, version, (path, version)
         self.mailbox = Mailbox(self.generate)
         self.asked: list[str] = []
         self.calls: list[str] = []
