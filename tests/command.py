@@ -73,6 +73,7 @@ class Command:
         self.processes = Processes()
         self._log = cwd / f"headrace-{self.processes.mark}.log"
         environment = os.environ | self.processes.environment
+        environment.pop("WANDB_SERVICE", None)  # of a test that used W&B in this process
         executable = Path(sys.executable).with_name("headrace")
         self._began = time.monotonic()
         with self._log.open("wb") as log:

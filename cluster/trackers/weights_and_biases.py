@@ -50,7 +50,7 @@ class WeightsAndBiases:
             mode=self._config.mode,
             id=self._id,
             resume="allow",
-            dir=str(self._run_dir),
+            dir=str(self._run_dir.resolve()),  # its service may have another working directory
             config=self._settings,
             settings=self._wandb.Settings(
                 console="off",  # what a run prints is not W&B's to capture

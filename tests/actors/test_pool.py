@@ -233,6 +233,7 @@ def test_a_worker_that_is_drained_finishes_what_it_can_and_hands_the_rest_back(
     run(remains.gone())
 
 
+@pytest.mark.slow
 def test_a_crash_loop_ends_with_the_actors_own_error(
     pool: RolloutPool, run: RunCoroutine, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:

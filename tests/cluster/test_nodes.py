@@ -49,6 +49,7 @@ def watched(short_folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_each_node_is_named_with_what_ran_there(watched: dict[str, Any]) -> None:
     draining, lost = (f"node {watched[name][:8]}" for name in ("draining", "lost"))
     told = [(event["event"], event["who"], event["consequence"]) for event in watched["events"]]
@@ -65,6 +66,7 @@ def test_each_node_is_named_with_what_ran_there(watched: dict[str, Any]) -> None
     assert {event["node"] for event in watched["events"]} == {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_workers_are_drained_with_notice_and_at_once_without(watched: dict[str, Any]) -> None:
     draining, lost = watched["draining"], watched["lost"]
     assert [node for node, _ in watched["drained"]] == [draining, draining, lost]
@@ -73,6 +75,7 @@ def test_workers_are_drained_with_notice_and_at_once_without(watched: dict[str, 
     assert gone == without == 0
 
 
+@pytest.mark.slow
 def test_the_learner_may_be_moved_until_the_node_goes(watched: dict[str, Any]) -> None:
     assert set(watched["left"]) == {watched["draining"], "still"}
     assert watched["left"]["still"] == 0

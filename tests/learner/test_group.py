@@ -250,7 +250,8 @@ def test_a_batch_that_cannot_be_trained_is_the_batchs_fault(
     assert [event.event for event in notes] == ["start"]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_is_no_failure_of_the_ranks(
     one_rank, two_ranks, tiny_model: Path, tmp_path: Path, run: RunCoroutine, ranks: int
 ) -> None:
