@@ -1,4 +1,5 @@
-"""Preference files: `prompt`, `chosen`, `rejected` in Parquet or JSON lines, as TRL and others write them.
+"""Preference files (`prompt`, `chosen`, `rejected`) and unpaired ones (`prompt`, `completion`, `label`), as TRL and
+others write them: Parquet, JSON lines, Hugging Face datasets folders.
 
 Read are
 - plain rows: three strings, kept as they are;
@@ -7,8 +8,10 @@ Read are
 - rows without `prompt`: conversational ones, or dialogues "\n\nHuman: ...\n\nAssistant: ..." as in HH-RLHF
   (Bai et al. 2022); the turns that both sides share are the prompt.
 A dialogue becomes prompt text so: with user turns only, their text, joined by a blank line; with others, every turn
-as "Human: ...", "Assistant: ..." or "System: ...", joined by a blank line.
-Optional columns: prompt_id (default: a hash of the prompt), domain, probability, votes_chosen, votes_rejected.
+as "Human: ...", "Assistant: ..." or "System: ...", joined by a blank line. Written conversational, it becomes the
+turns again.
+Optional columns: prompt_id (default: a hash of the prompt), domain, probability, votes_chosen, votes_rejected;
+unpaired: prompt_id, votes, of_votes.
 """
 
 from __future__ import annotations
@@ -16,63 +19,125 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contracts.config import ConfigError
-from contracts.records import SCHEMA_VERSION, Comparison, comparison_table
+from contracts.records import COMPARISON_SCHEMA, SCHEMA_VERSION, Comparison
+from feedback.exports import datasets_package, write_rows
+from feedback.quality import UnpairedLabel
 
 _LABELS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_RENDERED_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System): ")
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+UNPAIRED_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("label", pa.bool_()),
+        ("prompt_id", pa.string()),
+        ("votes", pa.int32()),
+        ("of_votes", pa.int32()),
+    ],
+    metadata={"headrace_schema_version": str(SCHEMA_VERSION)},
+)
 
 Turns = list[tuple[str, str]]  # role, text
+Layout = Literal["plain", "conversational"]
+Truncate = Callable[[str], str]  # what a reader of limited length sees of a response
 
 
-def write_preferences(comparisons: Iterable[Comparison], path: Path | str) -> None:
-    """Write Parquet, one row a comparison. The file appears complete or not at all; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(comparison_table(comparisons), unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def write_preferences(comparisons: Iterable[Comparison], path: Path | str, *, layout: Layout = "plain") -> None:
+    """Write one row a comparison, in the format that the ending of `path` says (`exports.write_rows`).
+
+    The file appears complete or not at all; folders are made.
+    """
+    rows = (_laid_out(asdict(comparison), ("chosen", "rejected"), layout) for comparison in comparisons)
+    write_rows(rows, _schema(COMPARISON_SCHEMA, ("prompt", "chosen", "rejected"), layout), Path(path))
 
 
-def read_preferences(path: Path | str) -> tuple[list[Comparison], dict[str, int]]:
-    """Read `.parquet`, `.jsonl` or `.jsonl.gz`, in the formats above; the order of rows is kept.
+def write_unpaired(labels: Iterable[UnpairedLabel], path: Path | str, *, layout: Layout = "plain") -> None:
+    """The same for labels of single responses: `prompt`, `completion`, `label` (true: good)."""
+    rows = (
+        _laid_out(
+            {
+                "prompt": label.prompt,
+                "completion": label.response,
+                "label": label.good,
+                "prompt_id": label.prompt_id,
+                "votes": label.votes,
+                "of_votes": label.of_votes,
+            },
+            ("completion",),
+            layout,
+        )
+        for label in labels
+    )
+    write_rows(rows, _schema(UNPAIRED_SCHEMA, ("prompt", "completion"), layout), Path(path))
+
+
+def read_preferences(path: Path | str, *, truncate: Truncate | None = None) -> tuple[list[Comparison], dict[str, int]]:
+    """Read `.parquet`, `.jsonl`, `.jsonl.gz` or a datasets folder, in the formats above; the order of rows is kept.
 
     Returns:
         The comparisons, and how many rows were left out by reason: "identical" (responses equal but for outer
-        white space), "empty" (a blank prompt or response), "different prompts" (the sides answer different
-        dialogues), "no response" (a dialogue that does not end with the assistant), "undecided" (probability 0.5).
-        Comparisons and left-out rows add up to the rows of the file.
+        white space), "identical after truncation" (what `truncate` leaves of them is), "empty" (a blank prompt or
+        response), "different prompts" (the sides answer different dialogues), "no response" (a dialogue that does
+        not end with the assistant), "undecided" (probability 0.5). Comparisons and left-out rows add up to the rows
+        of the file.
 
     Raises:
         ConfigError: a file that cannot be read, a missing column, a malformed row. The message begins with
             FILE:LINE, counted from 1; in Parquet the line is the row.
     """
-    path = Path(path)
-    kept = []
     dropped: Counter[str] = Counter()
-    for where, row in _rows(path):
+    return list(stream_preferences(Path(path), dropped, truncate=truncate)), dict(dropped)
+
+
+def stream_preferences(path: Path, dropped: Counter[str], *, truncate: Truncate | None = None) -> Iterator[Comparison]:
+    """`read_preferences` a row at a time; what is left out is counted in `dropped` on the way."""
+    for where, row in file_rows(path, ("chosen", "rejected")):
         comparison, reason = _comparison(row, where)
-        reason = reason or _unusable(comparison)
+        reason = reason or _unusable(comparison, truncate)
         if reason:
             dropped[reason] += 1
         else:
-            kept.append(comparison)
-    return kept, dict(dropped)
+            yield comparison
+
+
+def read_unpaired(path: Path | str, *, truncate: Truncate | None = None) -> tuple[list[UnpairedLabel], dict[str, int]]:
+    """Labels of single responses. Left out are "empty" rows and those that are "no response".
+
+    Raises:
+        ConfigError: as `read_preferences`; also a label that is neither true nor false (0 and 1 will do).
+    """
+    dropped: Counter[str] = Counter()
+    return list(stream_unpaired(Path(path), dropped, truncate=truncate)), dict(dropped)
+
+
+def stream_unpaired(path: Path, dropped: Counter[str], *, truncate: Truncate | None = None) -> Iterator[UnpairedLabel]:
+    """`read_unpaired` a row at a time; "empty after truncation" is a reason too."""
+    for where, row in file_rows(path, ("completion", "label")):
+        label, reason = _unpaired(row, where)
+        if not reason and not (label.prompt.strip() and label.response.strip()):
+            reason = "empty"
+        if not reason and truncate and not truncate(label.response).strip():
+            reason = "empty after truncation"
+        if reason:
+            dropped[reason] += 1
+        else:
+            yield label
 
 
 def split_by_prompt(
@@ -118,16 +183,22 @@ def _prompt_groups(comparisons: Sequence[Comparison]) -> list[str]:
     return [root(text) for text in texts]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place for errors, row) of each row."""
+def file_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place for errors, row) of each row of a file with these columns.
+
+    Raises:
+        ConfigError: the file cannot be read, or a column is missing in all of it.
+    """
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
-            yield from _parquet_rows(path)
+            yield from _parquet_rows(path, required)
         elif name.endswith((".jsonl", ".jsonl.gz")):
             yield from _json_rows(path)
+        elif path.is_dir():
+            yield from _folder_rows(path, required)
         else:
-            raise ConfigError(f"{path}: preferences are read from .parquet, .jsonl or .jsonl.gz")
+            raise ConfigError(f"{path}: read are .parquet, .jsonl, .jsonl.gz and datasets folders")
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         message = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read: {message}") from error
@@ -140,25 +211,66 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # JSON or UTF-8
+            except (ValueError, RecursionError) as error:  # JSON or UTF-8
                 raise ConfigError(f"{path}:{number}: not a line of JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{path}:{number}: a row is an object with chosen and rejected, not {row!r:.60}")
+                raise ConfigError(f"{path}:{number}: a row is an object with named columns, not {row!r:.60}")
             yield f"{path}:{number}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with pq.ParquetFile(path) as file:
         version = (file.schema_arrow.metadata or {}).get(b"headrace_schema_version", b"1")
         if version != str(SCHEMA_VERSION).encode():
             raise ConfigError(f"{path}: has schema version {version.decode()}, this Headrace reads {SCHEMA_VERSION}")
-        columns = file.schema_arrow.names
-        for name in ("chosen", "rejected"):
-            if name not in columns:
-                raise ConfigError(f"{path}: column {name!r} is missing, there are: {', '.join(columns)}")
+        _check_columns(path, file.schema_arrow.names, required)
         rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}:{number}", row
+        try:
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}:{number}", row
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: a text is not UTF-8: {error}") from error
+
+
+def _folder_rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    datasets = datasets_package()
+    found = datasets.load_from_disk(str(path))
+    if not isinstance(found, datasets.Dataset):
+        raise ConfigError(f"{path}: has several splits, give the folder of one: {', '.join(found)}")
+    _check_columns(path, found.column_names, required)
+    for number, row in enumerate(found, start=1):
+        yield f"{path}:{number}", row
+
+
+def _check_columns(path: Path, columns: Sequence[str], required: tuple[str, ...]) -> None:
+    for name in required:
+        if name not in columns:
+            raise ConfigError(f"{path}: column {name!r} is missing, there are: {', '.join(columns)}")
+
+
+def _schema(plain: pa.Schema, texts: tuple[str, ...], layout: Layout) -> pa.Schema:
+    if layout == "plain":
+        return plain
+    if layout != "conversational":
+        raise ValueError(f"layout is {layout!r}, allowed is plain or conversational")
+    fields = [pa.field(field.name, _MESSAGES if field.name in texts else field.type) for field in plain]
+    return pa.schema(fields, metadata=plain.metadata)
+
+
+def _laid_out(row: dict[str, Any], responses: tuple[str, ...], layout: Layout) -> dict[str, Any]:
+    if layout == "conversational":
+        row["prompt"] = [{"role": role, "content": text} for role, text in _prompt_turns(row["prompt"])]
+        for name in responses:
+            row[name] = [{"role": "assistant", "content": row[name]}]
+    return row
+
+
+def _prompt_turns(text: str) -> Turns:
+    """The turns that `_prompt_text` makes this text of; one of the user where it is no dialogue."""
+    before, *parts = _RENDERED_TURN.split(text)
+    roles = {label: role for role, label in _LABELS.items()}
+    turns = [(roles[label], content) for label, content in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if not before and _prompt_text(turns) == text else [("user", text)]
 
 
 def _comparison(row: Mapping[str, Any], where: str) -> tuple[Comparison, str]:
@@ -181,11 +293,30 @@ def _comparison(row: Mapping[str, Any], where: str) -> tuple[Comparison, str]:
     return comparison, reason
 
 
-def _unusable(comparison: Comparison) -> str:
+def _unpaired(row: Mapping[str, Any], where: str) -> tuple[UnpairedLabel, str]:
+    """The label, and why it cannot be used ("" where it can)."""
+    for name in ("completion", "label"):
+        if row.get(name) is None:
+            there = sorted(key for key, value in row.items() if value is not None)
+            raise ConfigError(f"{where}: {name!r} is missing, there are: {', '.join(there)}")
+    if row["label"] not in (0, 1) or not isinstance(row["label"], int):
+        raise ConfigError(f"{where}: 'label' is {row['label']!r:.60}, allowed is true or false")
+    # one completion is read as the two sides of a comparison are
+    prompt, response, _, reason = _texts({**row, "chosen": row["completion"], "rejected": row["completion"]}, where)
+    votes, of_votes = (_count(row, name, where) for name in ("votes", "of_votes"))
+    prompt_id = _optional_text(row, "prompt_id", where) or hashlib.sha256(prompt.strip().encode()).hexdigest()[:16]
+    if votes > of_votes:
+        raise ConfigError(f"{where}: votes is {votes}, allowed is at most of_votes, {of_votes}")
+    return UnpairedLabel(prompt, response, bool(row["label"]), prompt_id, votes, of_votes), reason
+
+
+def _unusable(comparison: Comparison, truncate: Truncate | None) -> str:
     if not (comparison.prompt.strip() and comparison.chosen.strip() and comparison.rejected.strip()):
         return "empty"
     if comparison.chosen.strip() == comparison.rejected.strip():
         return "identical"
+    if truncate and truncate(comparison.chosen).strip() == truncate(comparison.rejected).strip():
+        return "identical after truncation"
     return "undecided" if comparison.probability == 0.5 else ""
 
 
