@@ -76,13 +76,14 @@ def judge_served(
     if shown_left not in ("a", "b", None) or (shown_left and kind != "pair"):
         raise Refused("bad_choice", f"shown_left is {shown_left!r:.40}, allowed is a or b, with a pair")
     act = f"served {kind} {response_id} {other_response_id} {shown_left}"
+    sides = [response_id] if other_response_id is None else sorted((response_id, other_response_id))
+    swapped = sides[0] != response_id  # one task for both orders
     before = _repeated(connection, annotator_id, judgment, act)
     if before:
-        return before
+        return _sides_swapped(before) if swapped else before
     check_judgment(judgment, kind, scale)
-    sides = [response_id] if other_response_id is None else sorted((response_id, other_response_id))
     stored = judgment
-    if sides[0] != response_id:  # one task for both orders
+    if swapped:
         aspects = {name: _OTHER_SIDE.get(str(said), said) for name, said in judgment.aspects.items()}
         choice = _OTHER_SIDE.get(judgment.choice or "", judgment.choice)
         stored = replace(judgment, choice=choice, aspects=aspects)
@@ -95,7 +96,12 @@ def judge_served(
     kept_scale = connection.scalar(select(tasks.c.scale).where(tasks.c.id == task_id).with_for_update())
     check_judgment(stored, kind, int(kept_scale or scale))
     how = {"origin": "served", "lease_id": None, "shown_left": shown_left}
-    return _vote(connection, annotator_id, task_id, stored, act, how, now=now, digest_of=judgment)
+    receipt = _vote(connection, annotator_id, task_id, stored, act, how, now=now, digest_of=judgment)
+    return _sides_swapped(receipt) if swapped else receipt
+
+
+def _sides_swapped(receipt: Receipt) -> Receipt:
+    return replace(receipt, weights_version_a=receipt.weights_version_b, weights_version_b=receipt.weights_version_a)
 
 
 def undo(

@@ -208,7 +208,7 @@ def aggregate_run(connection: Connection, aggregate_id: int) -> AggregateRun:
 def probabilities(connection: Connection, aggregate_id: int) -> dict[str, float]:
     aggregate_run(connection, aggregate_id)
     found = select(aggregates.c.task_id, aggregates.c.probability).where(aggregates.c.run_id == aggregate_id)
-    return {task_id: probability for task_id, probability in connection.execute(found.order_by(aggregates.c.task_id))}
+    return {row.task_id: row.probability for row in connection.execute(found.order_by(aggregates.c.task_id))}
 
 
 def preferences(connection: Connection, query: DatasetQuery, dropped: Counter[str]) -> Iterator[Comparison]:
@@ -218,9 +218,8 @@ def preferences(connection: Connection, query: DatasetQuery, dropped: Counter[st
     for part in _parts(connection, query, dropped):
         pairs = [Pair(row.id, row.name or row.prompt_id, row.text, row.a, row.b, row.domain) for row in part]
         found = {row.id: row.probability for row in part}
-        kept, left_out = comparisons(
-            pairs, Aggregate(found, votes={row.id: (row.votes_a, row.votes_b) for row in part})
-        )
+        votes = {row.id: (row.votes_a, row.votes_b) for row in part}
+        kept, left_out = comparisons(pairs, Aggregate(found, votes=votes))
         dropped.update(left_out)
         yield from kept
 

@@ -282,10 +282,10 @@ def _check_or_create(connection: Connection, name: str) -> None:
             f"{name}: has store schema {version}, this Headrace reads {STORE_SCHEMA_VERSION}: use the Headrace that "
             "wrote it, or export there and import here",
         )
+    inspector = inspect(connection)
     for table in metadata.sorted_tables:
-        found = (
-            {column["name"] for column in inspect(connection).get_columns(table.name)} if table.name in there else set()
-        )
+        columns = inspector.get_columns(table.name) if table.name in there else []
+        found = {column["name"] for column in columns}
         if found != set(table.columns.keys()):
             missing = ", ".join(sorted(found ^ set(table.columns.keys()))[:5])
             raise Refused("schema", f"{name}: table {table.name} is not that of store schema {version}: {missing}")
