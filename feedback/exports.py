@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path)
         ConfigError: another ending; a datasets folder without the package `datasets`, or where something is already.
     """
     name = path.name.lower()
+    write: Callable[[Iterable[pa.Table], pa.Schema, Path, str], None]
     if name.endswith(".parquet"):
         write = _write_parquet
     elif name.endswith((".jsonl", ".jsonl.gz")):

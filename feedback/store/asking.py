@@ -130,11 +130,12 @@ def add_response(connection: Connection, row: dict[str, Any]) -> str:
 
 def add_task(connection: Connection, kind: TaskKind, response_a: str, response_b: str | None, **options: Any) -> str:
     """`options` as of `task_row`. The same task twice is one task, which stays as it was."""
-    found = {}
+    found: dict[str, str] = {}
     for response_id in filter(None, (response_a, response_b)):
-        found[response_id] = connection.scalar(select(responses.c.prompt_id).where(responses.c.id == response_id))
-        if found[response_id] is None:
+        prompt_id = connection.scalar(select(responses.c.prompt_id).where(responses.c.id == response_id))
+        if prompt_id is None:
             raise Refused("unknown_response", f"there is no response {response_id!r:.80}")
+        found[response_id] = prompt_id
     if len(set(found.values())) > 1:
         raise Refused("bad_task", f"responses {response_a!r:.80} and {response_b!r:.80} answer different prompts")
     row = task_row(kind, found[response_a], response_a, response_b, **options)
@@ -204,11 +205,12 @@ def lease(
     connection: Connection, task_id: str, annotator_id: int, *, now: float, lease_s: float, rng: random.Random
 ) -> Assignment:
     kind = connection.scalar(select(tasks.c.kind).where(tasks.c.id == task_id))
-    row = {"id": secrets.token_urlsafe(16), "task_id": task_id, "annotator_id": annotator_id, "ended": False}
+    lease_id = secrets.token_urlsafe(16)
+    row = {"id": lease_id, "task_id": task_id, "annotator_id": annotator_id, "ended": False}
     left = rng.choice("ab") if kind == "pair" else None
     row |= {"shown_left": left, "issued_s": now, "deadline_s": now + lease_s}
     connection.execute(insert(leases).values(row))
-    return assignment(connection, row["id"])
+    return assignment(connection, lease_id)
 
 
 def assignment(connection: Connection, lease_id: str) -> Assignment:

@@ -142,7 +142,9 @@ def add_pairs(
     kept = known = 0
     dropped: Counter[str] = Counter()
     for part in chunks(pairs, ROWS_AT_ONCE):
-        texts, sides, asked = [], [], {}
+        texts: list[dict[str, Any]] = []
+        sides: list[dict[str, Any]] = []
+        asked: dict[str, dict[str, Any]] = {}
         for pair in part:
             if pair.response_a.strip() == pair.response_b.strip():
                 dropped["identical"] += 1

@@ -21,7 +21,7 @@ from feedback.store.records import (
     check_judgment,
     check_text,
 )
-from feedback.store.schema import judgments, leases, responses, tasks
+from feedback.store.schema import add_row, judgments, leases, responses, tasks
 
 _CLOCK_SLACK_S = 1.0
 _OTHER_SIDE = {"a": "b", "b": "a"}
@@ -161,7 +161,7 @@ class ImportedVote:
 def add_votes(connection: Connection, votes: Iterable[ImportedVote], *, now: float) -> tuple[int, Counter[str]]:
     """Add votes that were not asked for here. Returns how many, and how many were dropped by reason (codes)."""
     batch = list(votes)
-    known = {
+    known: dict[str, Row[Any]] = {
         row.id: row
         for row in connection.execute(
             select(tasks.c.id, tasks.c.kind, tasks.c.scale).where(tasks.c.id.in_({vote.task_id for vote in batch}))
@@ -244,7 +244,7 @@ def _add(
     digest_of: Judgment | None = None,
 ) -> int:
     row = _row(annotator_id, task_id, judgment, act, how, before, digest_of or judgment, now=now)
-    return int(connection.execute(insert(judgments).values(row)).inserted_primary_key[0])
+    return add_row(connection, judgments, row)
 
 
 def _row(
@@ -301,7 +301,7 @@ def _latest(connection: Connection, task_id: str, annotator_id: int) -> tuple[in
         .order_by(judgments.c.revision.desc())
         .limit(1)
     ).one_or_none()
-    return tuple(row) if row else None  # type: ignore[return-value]
+    return (row.id, row.revision, row.act) if row else None
 
 
 def _latest_of(connection: Connection, task_ids: set[str]) -> dict[tuple[str, int], tuple[int, int, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
 from feedback.store.records import Gap, Refused, check_text
-from feedback.store.schema import annotators, gaps, judgments, leases, prompts, responses, tasks
+from feedback.store.schema import add_row, annotators, gaps, judgments, leases, prompts, responses, tasks
 
 
 def register(connection: Connection, name: str, *, now: float) -> tuple[int, str]:
@@ -19,7 +19,7 @@ def register(connection: Connection, name: str, *, now: float) -> tuple[int, str
         raise Refused("name_taken", f"there is an annotator {name!r} already")
     token = secrets.token_urlsafe(32)
     row = {"name": name, "token_hash": token_hash(token), "active": True, "created_s": now}
-    return int(connection.execute(insert(annotators).values(row)).inserted_primary_key[0]), token
+    return add_row(connection, annotators, row), token
 
 
 def new_token(connection: Connection, annotator_id: int) -> str:
@@ -120,8 +120,7 @@ def forget(connection: Connection, annotator_id: int, *, now: float) -> Gap:
     connection.execute(delete(leases).where(leases.c.annotator_id == annotator_id))
     connection.execute(delete(annotators).where(annotators.c.id == annotator_id))
     row = {"judgments": total, "votes": votes, "tasks": about, "deleted_s": now}
-    added = connection.execute(insert(gaps).values(row)).inserted_primary_key
-    return Gap(int(added[0]), total, votes, about, now)
+    return Gap(add_row(connection, gaps, row), total, votes, about, now)
 
 
 def all_gaps(connection: Connection) -> list[Gap]:

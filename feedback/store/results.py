@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Select, func, insert, select
@@ -19,6 +19,7 @@ from feedback.store.asking import standing
 from feedback.store.records import AggregateRun, Refused
 from feedback.store.schema import (
     ROWS_AT_ONCE,
+    add_row,
     aggregate_runs,
     aggregates,
     annotators,
@@ -187,13 +188,13 @@ def add_run(
 ) -> AggregateRun:
     """Aggregates of tasks, and what they are from."""
     rows = list(rows)
-    head = {"kind": kind, "method": method, "version": version, "tasks": len(rows), "judgments": judged}
-    head |= {"last_judgment_id": last, "gaps": gaps}
-    added = connection.execute(insert(aggregate_runs).values(**head, created_s=now)).inserted_primary_key
-    run_id = int(added[0])
+    run = AggregateRun(0, kind, method, version, len(rows), judged, last, gaps)
+    head = asdict(run) | {"created_s": now}
+    del head["aggregate_id"]
+    run_id = add_row(connection, aggregate_runs, head)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         connection.execute(insert(aggregates), [row | {"run_id": run_id} for row in rows[start : start + ROWS_AT_ONCE]])
-    return AggregateRun(run_id, **head)
+    return replace(run, aggregate_id=run_id)
 
 
 def aggregate_run(connection: Connection, aggregate_id: int) -> AggregateRun:

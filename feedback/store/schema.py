@@ -291,6 +291,13 @@ def _check_or_create(connection: Connection, name: str) -> None:
             raise Refused("schema", f"{name}: table {table.name} is not that of store schema {version}: {missing}")
 
 
+def add_row(connection: Connection, table: Table, row: Mapping[str, Any]) -> int:
+    """The number of the new row."""
+    key = connection.execute(insert(table).values(row)).inserted_primary_key
+    assert key is not None  # of one row there is one
+    return int(key[0])
+
+
 def insert_new(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
     """Insert rows; what has the key of one that is there already is left as it is."""
     adding: Any = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
