@@ -3,8 +3,9 @@
 The pool decides nothing about prompts. A new actor counts only after it has proved the newest published version, and
 is asked for nothing that its version is too old for; one that dies, falls silent or does not take new weights in time
 is killed and replaced in the background, after a pause that doubles with each death in a row. One that must leave is
-drained: another is started at once, while it finishes what it has. After `rollout.max_deaths_in_a_row` in one place,
-with no response in between, the pool fails with the actor's own error.
+drained: another is started at once, while it finishes what it has. `resize` changes how many there should be; one that
+no node has room for is told of and waited for, as long as others work. After `rollout.max_deaths_in_a_row` in one
+place, with no response in between, the pool fails with the actor's own error.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from actors.admission import BadRollout, check_rollout
 from actors.delivery import Delivery, Published, WeightsRefused
 from actors.line import Line
 from actors.mailbox import RolloutRequest, Started
+from actors.placement import missing
 from actors.rollout import RolloutActor
-from actors.roster import Roster
+from actors.roster import Roster, Used, WorkerCounts
 from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
 from contracts.events import Event, first_line
@@ -65,6 +67,15 @@ class Worker:
     update: asyncio.Task[None] | None = None
     busy: BusyClock = field(default_factory=BusyClock)
     since: float = field(default_factory=now)
+
+
+@dataclass(eq=False)
+class Start:
+    """A worker on its way into the place `index`, pauses between attempts included."""
+
+    index: int
+    placed: bool = False  # on a node
+    task: asyncio.Task[None] | None = None
 
 
 class RolloutPool:
@@ -108,9 +119,12 @@ class RolloutPool:
         self._delivery = Delivery(deadline_s=deadlines.weights_s)
         self._delivery.on_event = lambda event: self.on_change(event)
         self._roster: Roster[Worker] = Roster(config.max_concurrent)
-        self._starting: set[asyncio.Task[None]] = set()
+        self._target = config.num_workers
+        self._starting: dict[Start, None] = {}  # in the order of their beginning
         self._started = 0
         self._draining: set[Worker] = set()
+        self._leaving: set[asyncio.Task[None]] = set()  # because there are too many
+        self.cold_start_s = 0.0  # of the last that came up, the wait for a node included
         self._leaving_nodes: set[str] = set()
         self.busy = BusyClock()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -121,9 +135,18 @@ class RolloutPool:
         return self._roster.workers
 
     @property
-    def num_starting(self) -> int:
-        """Actors on their way in the place of others, pauses between attempts included."""
-        return len(self._starting)
+    def size(self) -> int:
+        """How many workers there should be."""
+        return self._target
+
+    def counts(self) -> WorkerCounts:
+        """The workers by their state."""
+        pending = sum(not start.placed for start in self._starting)
+        return WorkerCounts(self._target, len(self._roster), len(self._starting), pending, len(self._draining))
+
+    def used(self) -> Used:
+        """Worker-seconds so far, and seconds of their places that were taken."""
+        return self._roster.used()
 
     @property
     def newest_version(self) -> int:
@@ -132,13 +155,52 @@ class RolloutPool:
         return self._path_version if newest is None else newest
 
     async def start(self) -> None:
-        """Start all actors at once; returns when every one is ready.
+        """Start all actors at once; returns when every one is ready, with `autoscale` when `min_workers` are.
 
         Raises:
             NoAnswer, RuntimeError: an actor did not come up; carries its own error.
         """
         self._vocabulary = await asyncio.to_thread(_vocabulary_of, self._path)
-        await asyncio.gather(*(self._start_worker(index) for index in range(self._config.num_workers)))
+        needed = min(self._config.fewest_workers, self._config.num_workers)
+        for index in range(needed, self._config.num_workers):
+            self._start_another(index, "", 0)
+        await asyncio.gather(*(self._start_worker(Start(index), must=True) for index in range(needed)))
+
+    def resize(self, num_workers: int, *, cause: str) -> None:
+        """Have so many workers from now on: others are started, or some leave, in the background.
+
+        First those leave that do not serve yet, then those with the fewest requests; these finish what they have, for
+        `deadlines.lease_s` at most.
+        """
+        change = f"{self._target} -> {num_workers} are wanted"
+        self._target = num_workers
+        self.on_change(Event("scale", "rollout workers", cause, change))
+        for _ in range(num_workers - self._expected):
+            self._start_another(self._free_index(), "", 0)
+        newest_start_first = reversed(self._starting)
+        for start in sorted(newest_start_first, key=lambda start: start.placed)[: self._num_too_many]:
+            assert start.task is not None
+            del self._starting[start]
+            start.task.cancel()
+        newest_first = reversed(self.workers)
+        for worker in sorted(newest_first, key=self._roster.load)[: self._num_too_many]:
+            leaving = self.drain(worker, cause=cause, deadline_s=self._deadlines.lease_s)
+            task = asyncio.ensure_future(leaving)
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    @property
+    def _expected(self) -> int:
+        """Workers that serve or will."""
+        return len(self._roster) + len(self._starting)
+
+    @property
+    def _num_too_many(self) -> int:
+        return max(0, self._expected - self._target)
+
+    def _free_index(self) -> int:
+        taken = {worker.index for worker in self.workers} | {start.index for start in self._starting}
+        return next(index for index in range(len(taken) + 1) if index not in taken)
 
     def reserve(self, num_requests: int, *, oldest_version: int = 0) -> Worker | None:
         """The least loaded worker with room that serves `oldest_version` or newer, places for the requests taken.
@@ -261,16 +323,19 @@ class RolloutPool:
     async def drain(self, worker: Worker, *, cause: str, deadline_s: float) -> None:
         """Let a worker leave: it gets no new requests and another is started; what it has goes on for `deadline_s`.
 
-        Requests that are unfinished then raise WorkerLost. Returns when the worker is stopped.
+        Requests that are unfinished then raise WorkerLost. Returns when the worker is stopped. No other is started
+        where it was one too many.
         """
         if worker not in self._roster:
             return  # it is leaving already
         self._roster.remove(worker)
         self._draining.add(worker)
         held, who, node = worker.line.num_waiting, worker.actor_id, worker.node
-        consequence = f"gets no new requests, {held} running ones have {deadline_s:g} s; another is started"
+        another = "another is started" if self._expected < self._target else "none is started in its place"
+        consequence = f"gets no new requests, {held} running ones have {deadline_s:g} s; {another}"
         self.on_change(Event("drain", who, cause, consequence, node))
-        self._start_another(worker.index, f"{who} had to leave", worker.deaths)
+        if self._expected < self._target:
+            self._start_another(worker.index, f"{who} had to leave", worker.deaths)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
@@ -294,7 +359,7 @@ class RolloutPool:
         """Stop all actors; those that do not answer in time are killed."""
         workers = (*self.workers, *self._draining)
         updates = [worker.update for worker in workers if worker.update is not None]
-        for task in (*self._starting, *updates):
+        for task in (*(start.task for start in self._starting if start.task is not None), *updates):
             task.cancel()
         for worker in workers:
             if worker in self._roster:
@@ -302,8 +367,9 @@ class RolloutPool:
             self._disconnect(worker, WorkerLost(f"rollout actor {worker.actor_id} is stopped with the run"))
         await asyncio.gather(*(self._stop_worker(worker) for worker in workers))
 
-    async def _start_worker(self, index: int, *, cause: str = "", deaths: int = 0) -> None:
-        """`cause`: why another one is needed."""
+    async def _start_worker(self, start: Start, *, cause: str = "", deaths: int = 0, must: bool = False) -> None:
+        """`cause`: why another one is needed. `must`: give up where it has no node after `deadlines.start_s`."""
+        index, begun = start.index, now()
         # Of a repeatable run every file is the same, however often a worker was replaced.
         actor_id = f"rollout-{index if self._repeatable else self._started}"
         self._started += 1
@@ -323,7 +389,10 @@ class RolloutPool:
             weights_key=self._weights_key,
             repeatable=self._repeatable,
         )
+        start.placed = False
         try:
+            await self._placed(actor_id, handle, must=must)
+            start.placed = True
             started: Started = await answer(
                 handle.start.remote(seed=self._seed),
                 who=f"rollout actor {actor_id}",
@@ -343,10 +412,37 @@ class RolloutPool:
                 self.on_change(Event("start_failed", actor_id, cause_of(error), "it was killed"))
             raise
         line.open()
+        self._starting.pop(start, None)
         self._roster.add(worker)
+        self.cold_start_s = now() - begun
         self.on_change(
             Event("restart" if cause else "start", actor_id, cause, f"serves version {worker.version}", node)
         )
+
+    async def _placed(self, actor_id: str, handle: Any, *, must: bool) -> None:
+        """Wait for the actor's process, after `deadlines.place_s` aloud: for as long as others work, unless `must`.
+
+        Raises:
+            NoAnswer: it has no node after `deadlines.start_s`, and nobody works; says what is missing.
+        """
+        who, begun = f"rollout actor {actor_id}", now()
+        up, lacks = handle.__ray_ready__.remote(), ""
+        while True:
+            wait_s = min(self._deadlines.place_s, self._deadlines.start_s)
+            try:
+                await answer(up, who=who, asked="be placed on a node", deadline_s=wait_s)
+                return
+            except NoAnswer as error:
+                told, lacks = lacks, await self._what_is_missing()
+                if not told:
+                    working = f"{len(self.workers)} others work" if self.workers else "no other works yet"
+                    self.on_change(Event("pending", who, lacks, working))
+                if now() - begun >= self._deadlines.start_s and (must or not self.workers):
+                    raise NoAnswer(f"{who} {lacks}: no node took it in {now() - begun:.0f} s") from error
+
+    async def _what_is_missing(self) -> str:
+        asked = {"CPU": self._config.num_cpus, "GPU": self._config.num_gpus, **self._config.resources}
+        return await missing(asked, deadline_s=self._deadlines.nodes_s)
 
     def _start_from(self) -> tuple[str, int, AdapterSettings | None]:
         """The model folder, its version, and the adapters that a new actor begins with."""
@@ -391,8 +487,11 @@ class RolloutPool:
         consequence = "its requests go to others, another is started"
         if deaths > self._config.max_deaths_in_a_row:
             consequence = "none is started any more"
+        elif self._expected >= self._target:
+            consequence = "its requests go to others, there are enough of them"
         self.on_change(Event("death", worker.actor_id, cause, consequence, worker.node))
-        self._start_another(worker.index, f"{worker.actor_id} was lost", deaths, error)
+        if self._expected < self._target:
+            self._start_another(worker.index, f"{worker.actor_id} was lost", deaths, error)
 
     def _disconnect(self, worker: Worker, error: WorkerLost) -> None:
         if worker.update is not None:
@@ -400,16 +499,17 @@ class RolloutPool:
         worker.line.close(error)
 
     def _start_another(self, index: int, cause: str, deaths: int, error: Exception | None = None) -> None:
-        task = asyncio.ensure_future(self._replace(index, cause, deaths, error))
-        self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
+        start = Start(index)
+        self._starting[start] = None
+        start.task = asyncio.ensure_future(self._replace(start, cause, deaths, error))
+        start.task.add_done_callback(lambda task: self._starting.pop(start, None))
 
-    async def _replace(self, index: int, cause: str, deaths: int, error: Exception | None) -> None:
+    async def _replace(self, start: Start, cause: str, deaths: int, error: Exception | None) -> None:
         while deaths <= self._config.max_deaths_in_a_row:
             if deaths:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (deaths - 1))
             try:
-                return await self._start_worker(index, cause=cause, deaths=deaths)
+                return await self._start_worker(start, cause=cause, deaths=deaths)
             except (RayActorError, RayTaskError, NoAnswer, WeightsRefused, NodeLeaves) as again:
                 error = again
                 deaths += 1

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from contracts.clock import now
 
 
 class Loaded(Protocol):
     """A worker: the weights version that it serves."""
 
     version: int
+
+
+class Used(NamedTuple):
+    """Seconds since the beginning, summed: of ready workers, and of their places that were taken."""
+
+    worker_s: float
+    place_s: float
+
+
+class WorkerCounts(NamedTuple):
+    """The workers of a pool by their state. `pending` ones have no node yet, of those that are `starting`."""
+
+    wanted: int
+    running: int
+    starting: int
+    pending: int
+    draining: int
 
 
 W = TypeVar("W", bound=Loaded)
@@ -25,6 +44,8 @@ class Roster(Generic[W]):
         self._max_load = max_load
         self._places: dict[W, tuple[int, int]] = {}  # worker -> (version, load)
         self._workers: dict[int, dict[int, dict[W, None]]] = {}  # version -> load -> workers, in order of arrival
+        self._taken = 0  # places, of each worker no more than it has
+        self._used, self._used_at = Used(0.0, 0.0), now()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -40,6 +61,11 @@ class Roster(Generic[W]):
     def load(self, worker: W) -> int:
         """Places taken at a worker; 0 for one that left."""
         return self._places.get(worker, (0, 0))[1]
+
+    def used(self) -> Used:
+        """Up to now."""
+        self._count_time()
+        return self._used
 
     def add(self, worker: W) -> None:
         self._put(worker, worker.version, 0)
@@ -83,12 +109,22 @@ class Roster(Generic[W]):
         self._take_out(worker)
         self._put(worker, version, load)
 
+    def _count_time(self) -> None:
+        at = now()
+        passed_s, self._used_at = at - self._used_at, at
+        worker_s, place_s = self._used
+        self._used = Used(worker_s + passed_s * len(self._places), place_s + passed_s * self._taken)
+
     def _put(self, worker: W, version: int, load: int) -> None:
+        self._count_time()
+        self._taken += min(load, self._max_load)
         self._places[worker] = (version, load)
         self._workers.setdefault(version, {}).setdefault(load, {})[worker] = None
 
     def _take_out(self, worker: W) -> None:
+        self._count_time()
         version, load = self._places[worker]
+        self._taken -= min(load, self._max_load)
         loads = self._workers[version]
         del loads[load][worker]
         if not loads[load]:

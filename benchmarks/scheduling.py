@@ -4,6 +4,7 @@
     python -m benchmarks.scheduling control-plane   # trajectories a second through the real driver, engines that
                                                     # answer at once: in this process, then in 1 and 2 Ray actors
     python -m benchmarks.scheduling memory          # of driver and queue, over a long simulated run
+    python -m benchmarks.scheduling autoscale       # work that rises and falls, against each constant number of workers
 
 No model is loaded. Scoring is left out of the control plane's time: rewards come at once. Prints Markdown tables.
 """
@@ -20,8 +21,9 @@ import pstats
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,9 @@ from cluster import train
 from cluster.metrics import StepClock
 from cluster.run_log import RunLog
 from cluster.simulate import Simulation, ideal, simulate
-from cluster.simulated import Cluster, SimulatedPool, SimulatedWorker, Workload
+from cluster.simulated import Cluster, SimulatedLearner, SimulatedPool, SimulatedWorker, Workload
 from cluster.virtual_time import VirtualTime
+from contracts.clock import now
 from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
 from contracts.records import Rollout, WeightsUpdate
 
@@ -55,6 +58,8 @@ INSTANT = Cluster(
     apply_s=0.0,
     score_s=0.0,
 )
+
+_FOLLOWED_BATCH = 64
 
 
 def main() -> None:
@@ -83,6 +88,14 @@ def main() -> None:
     long.add_argument("--steps", type=int, default=2000)
     long.add_argument("--marks", type=int, default=8)
     long.set_defaults(run=memory)
+    rising = commands.add_parser("autoscale", help="workers that follow the work, in virtual time")
+    rising.add_argument("--max-workers", type=int, default=4)
+    rising.add_argument("--steps", type=int, default=60, help="in each of three phases: slow, fast, slow learner")
+    rising.add_argument("--slow-s", type=float, default=44.0, help="a step of the learner in the first and last phase")
+    rising.add_argument("--fast-s", type=float, default=11.0, help="a step in the second")
+    rising.add_argument("--cold-start-s", type=float, default=60.0, help="until a new worker serves")
+    rising.add_argument("--straggler-fraction", type=float, default=0.0)
+    rising.set_defaults(run=autoscale)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -300,6 +313,93 @@ def memory(arguments: argparse.Namespace) -> None:
 
     with asyncio.Runner(loop_factory=VirtualTime) as runner:
         runner.run(to_the_end())
+
+
+class UnevenLearner(SimulatedLearner):
+    """Its steps take `slow_s`, then `fast_s`, then `slow_s` again, each for `steps` steps."""
+
+    def __init__(self, cluster: Cluster, *, steps: int, slow_s: float, fast_s: float) -> None:
+        super().__init__(cluster)
+        self._steps, self._slow_s, self._fast_s = steps, slow_s, fast_s
+
+    async def step(self, samples: object, *, training_version: int) -> dict[str, float]:
+        fast = self._steps <= training_version < 2 * self._steps
+        await asyncio.sleep(self._fast_s if fast else self._slow_s)
+        return {}
+
+
+@dataclass
+class Followed:
+    """A run whose work rises and falls. `workers` are pairs of a time and the number that then ran."""
+
+    seconds: float
+    worker_s: float
+    busy: list[float]  # the learner's share, by phase
+    workers: list[tuple[float, int]]
+    rise_s: float  # from the begin of the second phase until the most workers ran
+    resizes: int
+
+
+def autoscale(arguments: argparse.Namespace) -> None:
+    """The real decision and its application; a worker-second counts from a worker's start to its end."""
+    base = Cluster(slots=16, learn_s=0.0, restart_s=arguments.cold_start_s, max_actors=arguments.max_workers)
+    base = replace(base, straggler_fraction=arguments.straggler_fraction, straggler_factor=4.0)
+    print("| workers | samples/s | worker-hours | learner busy: slow, fast, slow | changes | all running after |")
+    print("| --- | ---: | ---: | --- | ---: | ---: |")
+    for constant in (*range(1, arguments.max_workers + 1), None):
+        found = follow(arguments, replace(base, actors=constant or 1, autoscale=constant is None))
+        samples = 3 * arguments.steps * _FOLLOWED_BATCH / found.seconds
+        busy = ", ".join(f"{share:.1%}" for share in found.busy)
+        name = f"constant {constant}" if constant else f"1 to {arguments.max_workers}, following"
+        rise = "" if constant else f"{found.rise_s:.0f} s"
+        print(
+            f"| {name} | {samples:.3f} | {found.worker_s / 3600:.2f} | {busy} | {found.resizes} | {rise} |", flush=True
+        )
+    told = ", ".join(f"{count} at {at:.0f} s" for at, count in found.workers)
+    print(f"\nWorkers running: {told}; end at {found.seconds:.0f} s")
+
+
+def follow(arguments: argparse.Namespace, cluster: Cluster) -> Followed:
+    """One run, in virtual time."""
+    steps = arguments.steps
+    work = Workload(steps=3 * steps, batch_size=_FOLLOWED_BATCH, group_size=4, max_lag_steps=2)
+    found = Followed(0.0, 0.0, [], [], 0.0, 0)
+    sums: Counter[tuple[int, str]] = Counter()
+
+    async def to_the_end(folder: Path) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            simulation = Simulation(cluster, work, tasks, folder)
+            job: Any = simulation.job
+            job.learner = UnevenLearner(cluster, steps=steps, slow_s=arguments.slow_s, fast_s=arguments.fast_s)
+            fast_since = 0.0
+
+            def mark(row: Any) -> None:
+                nonlocal fast_since
+                phase, running = (row["step"] - 1) // steps, job.pool.counts().running
+                fast_since = now() if row["step"] == steps else fast_since
+                for name in ("step_s", "learn_s"):
+                    sums[phase, name] += row[name]
+                if not found.workers or found.workers[-1][1] != running:
+                    found.workers.append((now(), running))
+                    if phase == 1:
+                        found.rise_s = now() - fast_since
+
+            simulation.log.after_step = mark
+            resize = job.pool.resize
+
+            def resized(num_workers: int, *, cause: str) -> None:
+                found.resizes += 1
+                resize(num_workers, cause=cause)
+
+            job.pool.resize = resized
+            await simulation.run()
+            found.seconds = now()
+            found.worker_s = job.scaling.spent_worker_s if job.scaling else cluster.actors * now()
+
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(to_the_end(Path(folder)))
+    found.busy = [sums[phase, "learn_s"] / sums[phase, "step_s"] for phase in range(3)]
+    return found
 
 
 def resident_mib() -> float:

@@ -37,14 +37,18 @@ def capacity() -> dict[str, float]:
     return dict(found)
 
 
-def resources_asked(config: Config) -> dict[str, float]:
-    """What all workers of a run reserve together, by Ray's name of it: CPU, GPU and custom resources."""
+def resources_asked(config: Config, *, rollout_workers: int | None = None) -> dict[str, float]:
+    """What all workers of a run reserve together, by Ray's name of it: CPU, GPU and custom resources.
+
+    `rollout_workers`: another number of them than the run begins with.
+    """
+    rollout_workers = rollout_workers or config.rollout.num_workers
     components = (*config.rewards, *config.evaluation.judges)
     models = sum(component.model is not None for component in components)
     reward_replicas = config.reward_workers.num_replicas
     asked: dict[str, float] = defaultdict(float)
     for workers, count, with_gpus in (
-        (config.rollout, config.rollout.num_workers, config.rollout.num_workers),
+        (config.rollout, rollout_workers, rollout_workers),
         (config.reward_workers, len(components) * reward_replicas, models * reward_replicas),
         (config.reference_workers, config.reference_workers.num_replicas, config.reference_workers.num_replicas),
         (config.learner, config.learner.num_ranks, config.learner.num_ranks),
@@ -60,4 +64,4 @@ def local_cpus(config: Config) -> int:
 
     Threads share the cores, whatever their number.
     """
-    return max(2, math.ceil(resources_asked(config).get("CPU", 0.0) + 1))
+    return max(2, math.ceil(resources_asked(config, rollout_workers=config.rollout.most_workers).get("CPU", 0.0) + 1))

@@ -24,6 +24,7 @@ from cluster.recover import standing
 from cluster.reproducible import decisive_settings
 from cluster.resume import restore, resumption
 from cluster.run_log import RunLog, write_json, write_whole
+from cluster.scaling import Scaling
 from cluster.trackers import Trackers, start_trackers
 from cluster.trackers.ray_metrics import RayMetrics, watch
 from contracts.config import Config, dump
@@ -152,6 +153,8 @@ async def prepare(
         cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in found.problems)))
         log.event(Event("resume", "the run", cause, f"goes on after step {job.version}: {open_work}"))
     job.standing = standing(job, job.version)
+    if config.rollout.autoscale is not None:
+        job.scaling = Scaling(job, config.rollout.autoscale)
     stack.callback(asyncio.create_task(watch(job, measured)).cancel)
     return job
 
@@ -197,6 +200,10 @@ def line(event: Event) -> str:
             return f"a new rollout actor did not start: {event.cause}"
         case "killed":
             return f"{event.who} was killed: {event.cause}"
+        case "scale":
+            return f"{event.who}: {event.consequence}, {event.cause}"
+        case "pending":
+            return f"{event.who} {event.cause}; {event.consequence}"
         case "refusal":
             return f"{event.who} {event.consequence}, it refused a delta: {event.cause}"
         case _:

@@ -23,6 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from actors.roster import WorkerCounts
+
 RECENT_STEPS = 10  # time left follows a run that gets slower, but not every single step
 
 
@@ -37,6 +39,7 @@ class _View:
     step: int = 0
     step_at: float = 0.0
     numbers: str = ""
+    workers: str = ""
     time_left_s: float | None = None
 
 
@@ -125,8 +128,16 @@ class Progress:
         numbers = _numbers(row)
         self._change(step=step, step_at=self._clock(), numbers=numbers, time_left_s=left)
         if self._live is None:
-            parts = [f"step {step}/{self._steps}", numbers, f"{duration(left)} left" if left is not None else ""]
+            time_left = f"{duration(left)} left" if left is not None else ""
+            parts = [f"step {step}/{self._steps}", numbers, self._view.workers, time_left]
             self._print("  ".join(filter(None, parts)))
+
+    def workers(self, counts: WorkerCounts) -> None:
+        """How many rollout workers there are, and should be; not shown for a run that never says."""
+        shown = {"running": counts.running, "starting": counts.starting - counts.pending}
+        shown |= {"pending": counts.pending, "draining": counts.draining}
+        states = ", ".join(f"{count} {state}" for state, count in shown.items() if count) or "none"
+        self._change(workers=f"workers: {counts.wanted} wanted, {states}")
 
     def note(self, text: str) -> None:
         """A line that stays, above the display."""
@@ -186,6 +197,8 @@ class Progress:
         lines.append(bar)
         if view.numbers:
             lines.append(Text(view.numbers))
+        if view.workers:
+            lines.append(Text(view.workers))
         if view.waiting:
             lines.append(Text(f"waiting for {view.waiting}, {duration(now - view.waiting_since)}", style="dim"))
         return Group(*lines)

@@ -26,10 +26,10 @@ from typing import Any
 
 from actors.prompts import PromptStream
 from cluster import train
-from cluster.autoscale import Limits, Load, target_workers
 from cluster.job import Job
 from cluster.leases import LeaseBook
 from cluster.metrics import StepClock
+from cluster.scaling import Scaling
 from cluster.simulated import (
     Cluster,
     Silent,
@@ -132,7 +132,7 @@ class Simulation:
         prompt_tokens: int = 1,
     ) -> None:
         self.cluster, self.work, self.tasks = cluster, work, tasks
-        config = configuration(work, folder)
+        config = configuration(work, folder, cluster)
         bound = StalenessBound(work.max_lag_steps, work.batch_size // work.group_size, work.stale_tokens)
         self.log = SimulatedLog(folder, max_lag_steps=work.max_lag_steps)
         self.log.after_step = self._measure
@@ -160,6 +160,8 @@ class Simulation:
             **parts,
         )
         self.pool.on_change = lambda event: self.job.notify()
+        if config.rollout.autoscale is not None:
+            self.job.scaling = Scaling(self.job, config.rollout.autoscale)
 
     async def run(self) -> None:
         """As `cluster.train.run`, with nothing before the first step and nothing after the last."""
@@ -168,6 +170,8 @@ class Simulation:
             self.tasks.create_task(train.collect(self.job)),
             self.tasks.create_task(train.raise_pool_failure(self.job)),
         ]
+        if self.job.scaling is not None:
+            background.append(self.tasks.create_task(self.job.scaling.watch()))
         clock = StepClock(self.job)
         while self.job.version < self.work.steps and not self.job.stopping.is_set():
             await train.learn(self.job, clock)
@@ -198,7 +202,6 @@ class Simulation:
         """After every step. The steady part is whole rounds of S + 1 steps, which come in bursts."""
         slot_s = self.pool.slot_seconds - self._slot_seconds
         self._slot_seconds = self.pool.slot_seconds
-        taken = slot_s / (max(1, len(self.pool.workers)) * self.cluster.slots * row["step_s"])
         round_steps = self.work.max_lag_steps + 1
         edge = min(self.work.steps // 3, round_steps + 1)
         steady = max(1, (self.work.steps - 2 * edge) // round_steps * round_steps)
@@ -211,24 +214,11 @@ class Simulation:
             self._sums["worker_s"] += len(self.pool.workers) * step_s
             self._sums["idle_s"] += row["rollout_idle_fraction"] * step_s
             self._sums["queued"] += self.job.queue.num_samples
-        if self.cluster.autoscale:
-            self._resize(row, free_places_fraction=max(0.0, 1 - taken))
-
-    def _resize(self, row: Mapping[str, Any], *, free_places_fraction: float) -> None:
-        """After every step, as cluster/train.py would."""
-        load = Load(
-            workers=self.pool.size,
-            free_places_fraction=free_places_fraction,
-            learner_wait_fraction=row["wait_s"] / row["step_s"],
-            queue_blocked_fraction=min(1.0, row["queue_blocked_s"] / row["step_s"]),
-            samples_wanted=(self.work.max_lag_steps + 1) * self.work.batch_size,
-            places_per_worker=self.cluster.slots,
-        )
-        self.pool.resize(target_workers(load, Limits(1, self.cluster.max_actors)))
 
 
-def configuration(work: Workload, folder: Path) -> Config:
+def configuration(work: Workload, folder: Path, cluster: Cluster) -> Config:
     """The run's configuration, checked as that of a real one."""
+    autoscale = {"max_workers": cluster.max_actors, "interval_s": cluster.autoscale_interval_s}
     return validate(
         {
             "output_dir": str(folder),
@@ -245,6 +235,11 @@ def configuration(work: Workload, folder: Path) -> Config:
                 "queue_bytes": work.queue_bytes,
                 "max_bad_fraction": 1.0,
                 "max_attempts": 1 << 30,
+            },
+            "rollout": {
+                "num_workers": cluster.actors,
+                "max_concurrent": cluster.slots,
+                "autoscale": autoscale if cluster.autoscale else None,
             },
             "deadlines": {"lease_s": work.lease_s},
             "checkpoint": {"every_steps": work.checkpoint_every_steps or work.steps + 1},
@@ -268,7 +263,7 @@ def simulate(cluster: Cluster, work: Workload) -> Result:
         return simulation.result()
 
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=VirtualTime) as runner:
-        configuration(work, Path(folder))  # a task group would wrap what it raises
+        configuration(work, Path(folder), cluster)  # a task group would wrap what it raises
         return runner.run(to_the_end(Path(folder)))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from actors.pool import WorkerLost
 from actors.reward import BadSample
 from actors.rollout import RolloutRequest
-from actors.roster import Roster
+from actors.roster import Roster, Used, WorkerCounts
 from contracts.clock import BusyClock, now
 from contracts.events import Event
 from contracts.records import Prompt, Rollout, ScoredRollout, WeightsUpdate
@@ -55,6 +55,7 @@ class Cluster:
     notice_s: float = 30.0
     restart_s: float = 60.0
     autoscale: bool = False
+    autoscale_interval_s: float = 30.0
     max_actors: int = 4096
 
     def __post_init__(self) -> None:
@@ -196,6 +197,8 @@ class SimulatedPool:
         self._roster: Roster[SimulatedWorker] = Roster(cluster.slots)
         self._started = 0
         self._starting = 0
+        self._draining = 0
+        self._target = cluster.actors
         self._newest = version
         self._held_s = 0.0
         self._background: set[asyncio.Task[None]] = set()
@@ -266,16 +269,34 @@ class SimulatedPool:
         held_s, self._held_s = self._held_s, 0.0
         return {"generation_paused_s": held_s}
 
-    def resize(self, num_workers: int) -> None:
+    def resize(self, num_workers: int, *, cause: str) -> None:
         """Start workers, or let some finish what they have and leave."""
+        self._target = num_workers
         for _ in range(num_workers - len(self._roster) - self._starting):
             self._spawn(self._start_later())
         for worker in self.workers[num_workers:]:
             self._roster.remove(worker)
+            self._spawn(self._drain(worker))
 
     @property
     def size(self) -> int:
-        return len(self._roster) + self._starting
+        return self._target
+
+    def counts(self) -> WorkerCounts:
+        return WorkerCounts(self._target, len(self._roster), self._starting, 0, self._draining)
+
+    def used(self) -> Used:
+        return self._roster.used()
+
+    @property
+    def cold_start_s(self) -> float:
+        return self._cluster.restart_s
+
+    async def _drain(self, worker: SimulatedWorker) -> None:
+        self._draining += 1
+        while worker.active:  # noqa: ASYNC110 in virtual time
+            await asyncio.sleep(1.0)
+        self._draining -= 1
 
     async def _follow(self, worker: SimulatedWorker) -> None:
         cluster = self._cluster
@@ -304,6 +325,8 @@ class SimulatedPool:
         self._starting += 1
         await asyncio.sleep(self._cluster.restart_s)
         self._starting -= 1
+        if len(self._roster) >= self._target:
+            return  # it is not needed any more
         self._add()
         await self.on_change("started")
 
@@ -419,3 +442,4 @@ class Silent:
     def warn(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
     def step(self, row: Mapping[str, Any]) -> None: ...
+    def workers(self, counts: WorkerCounts) -> None: ...

@@ -60,6 +60,8 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
             watching = raise_pool_failure(job), recover.watch_replicas(job), nodes.watch(job)
+            if job.scaling is not None:
+                watching = (*watching, job.scaling.watch())
             background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set():
@@ -157,6 +159,8 @@ async def learn(job: Job, clock: StepClock) -> None:
     row = clock.row(samples) | reward_metrics(samples) | trained | sent | job.pool.take_delivery_costs()
     await recover.written(job, f"the metrics of step {step}", lambda: job.log.metrics(row))
     job.progress.step(row)
+    if job.scaling is not None:
+        job.scaling.step(row)
     if job.checkpoint_overdue or job.version % job.config.checkpoint.every_steps == 0:
         await recover.checkpoint_or_later(job)
 

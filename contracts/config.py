@@ -68,10 +68,32 @@ class WorkerConfig(Section):
     )
 
 
+class AutoscaleConfig(Section):
+    """Rollout workers come and go with the work: no more than the learner needs, and `max_lag_steps` lets work."""
+
+    min_workers: PositiveInt = 1
+    max_workers: PositiveInt
+    interval_s: Positive = Field(
+        default=60.0, description="between two decisions, at least; each needs max_lag_steps + 1 steps too"
+    )
+    max_worker_hours: Positive | None = Field(
+        default=None,
+        description="what the command may spend on rollout workers, summed over them, from their start to their end; "
+        "then min_workers go on. Times the hourly price of a machine it is the ceiling of its cost",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
+        return self
+
+
 class RolloutConfig(WorkerConfig):
     """Rollout actors: one vLLM engine each."""
 
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = Field(default=1, description="with autoscale: those that the run begins with")
+    autoscale: AutoscaleConfig | None = Field(default=None, description="default: always num_workers")
     tensor_parallel_size: PositiveInt = 1
     max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
     max_deaths_in_a_row: NonNegativeInt = Field(
@@ -84,6 +106,25 @@ class RolloutConfig(WorkerConfig):
         description="when new weights arrive in the middle of responses: recompute their cached states, or keep the "
         "old ones, which costs nothing and mixes versions within a response",
     )
+
+    @property
+    def most_workers(self) -> int:
+        """As many as there may ever be."""
+        return self.autoscale.max_workers if self.autoscale else self.num_workers
+
+    @property
+    def fewest_workers(self) -> int:
+        """As many as there always are."""
+        return self.autoscale.min_workers if self.autoscale else self.num_workers
+
+    @model_validator(mode="after")
+    def _begins_within_the_limits(self) -> Self:
+        if not self.fewest_workers <= self.num_workers <= self.most_workers:
+            raise ValueError(
+                f"num_workers {self.num_workers} is not within autoscale.min_workers {self.fewest_workers} and "
+                f"autoscale.max_workers {self.most_workers}"
+            )
+        return self
 
 
 class LearnerConfig(WorkerConfig):
@@ -202,6 +243,9 @@ class DeadlinesConfig(Section):
     """Every wait across processes ends; these say when."""
 
     start_s: Positive = Field(default=600.0, description="a worker starts and loads its model")
+    place_s: Positive = Field(
+        default=60.0, description="Ray has a node for a rollout worker; then what is missing is told, and it waits on"
+    )
     lease_s: Positive = Field(default=600.0, description="one response, queueing in the engine included")
     silent_s: Positive = Field(
         default=60.0, description="a rollout worker that is alive, or its engine core, gives no sign of life"
@@ -329,6 +373,11 @@ class Config(Section):
             raise ValueError(
                 f"deterministic: true needs streaming.max_lag_steps 0, not {self.streaming.max_lag_steps}: what is "
                 "sampled while weights change depends on when they arrive"
+            )
+        if self.deterministic and self.rollout.autoscale is not None:
+            raise ValueError(
+                "deterministic: true needs a fixed number of workers, not rollout.autoscale: prompts go to workers by "
+                "their place, and how many there are would depend on timing"
             )
         if self.deterministic and self.model.dtype == "float32" and self.training.lora is None:
             raise ValueError(

@@ -11,6 +11,8 @@ EventKind = Literal[
     "start_failed",  # it did not come up
     "death",  # it died, fell silent, or does not serve what it should
     "drain",  # it must leave and gets nothing new; and then, that it has left
+    "scale",  # another number of rollout workers is wanted
+    "pending",  # no node has room for it
     "killed",  # it did not stop by itself when asked to
     "untracked",  # a tracker failed or fell silent
     "expiry",  # a prompt group outlived its lease

@@ -20,7 +20,7 @@ def check_gpus(config: Config) -> None:
     """Raises ConfigError if the run asks for more GPUs than there are."""
     models = sum(component.model is not None for component in config.rewards)
     asked = {
-        "rollout": config.rollout.num_workers * config.rollout.num_gpus,
+        "rollout": config.rollout.most_workers * config.rollout.num_gpus,
         "reward_workers": models * config.reward_workers.num_replicas * config.reward_workers.num_gpus,
         "reference_workers": config.reference_workers.num_replicas * config.reference_workers.num_gpus,
         "learner": config.learner.num_ranks * config.learner.num_gpus,
@@ -59,7 +59,7 @@ def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> floa
     return (
         weights(config.learner.num_gpus, policy, LORA_LEARNER_BYTES if config.training.lora else LEARNER_BYTES)
         + config.learner.num_ranks * LEARNER_PROCESS_GIB
-        + rollout.num_workers * engine
+        + rollout.most_workers * engine
         + rewards.num_replicas * scorers
         + reference.num_replicas * (weights(reference.num_gpus, policy, BF16_BYTES) + REPLICA_PROCESS_GIB)
     )

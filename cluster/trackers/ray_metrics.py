@@ -28,7 +28,7 @@ GAUGES = {
     "queue_samples": "Scored responses that wait for the learner",
     "queue_bytes": "Their size",
     "open_groups": "Prompt groups that are being sampled or scored, or wait in the queue",
-    "workers": "Rollout actors by state: wanted, ready, starting",
+    "workers": "Rollout actors by state: wanted, ready, starting, of those pending (no node yet), draining",
     "reward_component": "Mean of one component of the reward over the last batch",
 }
 COUNTERS = {
@@ -98,13 +98,19 @@ class RayMetrics:
 async def watch(job: Job, metrics: RayMetrics) -> None:
     """Keep queue and workers up to date, for as long as the run lasts; waits for nothing but the time."""
     while True:
-        pool = job.pool
+        workers = job.pool.counts()
         metrics.state(
             {
                 "queue_samples": job.queue.num_samples,
                 "queue_bytes": job.queue.num_bytes,
                 "open_groups": job.leases.open_groups,
             },
-            {"wanted": job.config.rollout.num_workers, "ready": len(pool.workers), "starting": pool.num_starting},
+            {
+                "wanted": workers.wanted,
+                "ready": workers.running,
+                "starting": workers.starting,
+                "pending": workers.pending,
+                "draining": workers.draining,
+            },
         )
         await asyncio.sleep(STATE_EVERY_S)

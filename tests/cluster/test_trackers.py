@@ -21,6 +21,7 @@ import ray
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from actors.roster import WorkerCounts
 from cluster.leases import LeaseBook
 from cluster.prepare import tracker_lost
 from cluster.progress import Progress
@@ -318,11 +319,8 @@ def test_prometheus_reads_what_the_run_sets(ray_session: Processes) -> None:
         bound = StalenessBound(1, 4)
         queue = ExperienceQueue(bound, max_samples=64, max_bytes=1 << 20)
         await queue.put(ScoredGroup("g00000000", 0, (scored_rollout("t0"), scored_rollout("t1"))))
-        pool = SimpleNamespace(workers=("rollout-1", "rollout-2"), num_starting=1)
-        rollout = SimpleNamespace(num_workers=3)
-        job: Any = SimpleNamespace(
-            queue=queue, leases=LeaseBook(bound, 2), pool=pool, config=SimpleNamespace(rollout=rollout)
-        )
+        counts = WorkerCounts(wanted=3, running=2, starting=1, pending=1, draining=4)
+        job: Any = SimpleNamespace(queue=queue, leases=LeaseBook(bound, 2), pool=SimpleNamespace(counts=lambda: counts))
         watching = asyncio.create_task(watch(job, metrics))
         await asyncio.sleep(0)
         watching.cancel()
@@ -345,6 +343,8 @@ def test_prometheus_reads_what_the_run_sets(ray_session: Processes) -> None:
         f'ray_headrace_workers{{{of_run},state="wanted"}}': 3.0,
         f'ray_headrace_workers{{{of_run},state="ready"}}': 2.0,
         f'ray_headrace_workers{{{of_run},state="starting"}}': 1.0,
+        f'ray_headrace_workers{{{of_run},state="pending"}}': 1.0,
+        f'ray_headrace_workers{{{of_run},state="draining"}}': 4.0,
     }
     expires = time.monotonic() + 40  # Ray sends them every 10 s
     while not expected.keys() <= (found := endpoint()).keys() and time.monotonic() < expires:
