@@ -20,6 +20,7 @@ WITHOUT = {
     "cluster/job.py next_round: self._next_round": "the version that is being trained: deadlines.learn_s, weights_s",
     "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
+    "cluster/submit.py _show_log: self._client.tail_job_logs(job)": "`ended` beside it gives up after LOST_S",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",

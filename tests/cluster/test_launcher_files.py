@@ -368,17 +368,23 @@ def test_the_job_is_a_command_that_there_is() -> None:
 
 def test_the_commands_of_the_docs_are_commands_that_there_are() -> None:
     text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    commands = [
-        line.partition(" -- ")[2] for line in text.splitlines() if re.match(r" {4}.*ray job submit .* -- ", line)
-    ]
-    assert len(commands) >= 2
-    assert [runs(command).resume for command in commands].count(True) == 1
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    submitted = [line.partition(" -- ")[2] for line in lines if re.match(r"ray job submit .* -- ", line)]
+    submitted += [line for line in lines if line.startswith("headrace submit examples/")]
+    assert len(submitted) >= 3
+    assert [runs(command).resume for command in submitted].count(True) == 1
 
 
 def runs(command: str) -> Config:
-    """The configuration that `python -m cluster.cli train ...` runs; fails where the parser or the file refuses."""
-    python, flag, module, subcommand, *arguments = shlex.split(command)
-    assert (python, flag, module, subcommand) == ("python", "-m", "cluster.cli", "train")
+    """The configuration that `python -m cluster.cli train ...` runs; fails where the parser or the file refuses.
+
+    Of `headrace submit` that which the job runs.
+    """
+    if command.startswith("headrace submit "):  # with the address in the environment
+        subcommand, arguments = "submit", [*shlex.split(command)[2:], "--address", "http://127.0.0.1:8265"]
+    else:
+        python, flag, module, subcommand, *arguments = shlex.split(command)
+        assert (python, flag, module, subcommand) == ("python", "-m", "cluster.cli", "train")
     parser: Any = typer.main.get_command(app)
     values = parser.commands[subcommand].make_context(subcommand, arguments).params
     return configuration.load(ROOT / values["config"], values["overrides"] or ())

@@ -1,7 +1,6 @@
 """What docs/cluster.md says of Ray's token authentication: a real head with it, and clients with and without."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.command import Processes
+from tests.head import RAY, free_ports, start_arguments
 
 pytestmark = pytest.mark.slow
 
-RAY = Path(sys.executable).with_name("ray")
 START_S = 120.0
 CONNECT = "import ray; ray.init({address!r}, log_to_driver=False); print('nodes:', len(ray.nodes()))"
 
@@ -92,22 +91,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             processes.wait_gone(0)
 
 
-def start_arguments(port: int, dashboard_port: int) -> list[str]:
-    ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
-    return ["start", "--head", *ports, "--num-cpus=1", f"--object-store-memory={100 << 20}"]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
-
-
 def wait_for(head: Head) -> None:
     expires = time.monotonic() + START_S
     while True:
@@ -138,6 +121,22 @@ def test_a_job_is_refused_without_it(head: Head) -> None:
     mode = {"RAY_AUTH_MODE": "token"}
     wrong = head.client(*submit, home=head.stranger, RAY_AUTH_TOKEN="0" * 64, **mode)
     assert "Invalid authentication token" in wrong.stdout
+
+
+def test_our_own_commands_say_in_one_line_what_is_missing(head: Head) -> None:
+    url = f"http://127.0.0.1:{head.dashboard_port}"
+    ask = (sys.executable, "-m", "cluster.cli", "status", "nobody", "--address", url)
+    for variables, said in (
+        ({}, "Missing authentication token"),
+        ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token and the token are needed"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "Invalid authentication token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": head.token}, f"error: job nobody is not known at {url}"),
+    ):
+        asked = head.client(*ask, home=head.stranger, **variables)
+        assert asked.returncode == 2, asked.stdout
+        assert said in asked.stdout
+        assert asked.stdout.startswith("error: ")
+        assert asked.stdout.count("\n") == 1
 
 
 def test_a_driver_needs_it(head: Head) -> None:
