@@ -52,7 +52,9 @@ def loaded(ray_folder: str) -> Mapping[str, str]:
 
 
 def start_arguments(port: int, dashboard_port: int, *, num_cpus: int = 1) -> list[str]:
+    agent_port, client_port = free_ports(2)  # at Ray's own another cluster may listen, and then no job starts
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
+    ports += [f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"]
     return ["start", "--head", *ports, f"--num-cpus={num_cpus}", f"--object-store-memory={200 << 20}"]
 
 
