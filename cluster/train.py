@@ -59,9 +59,9 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
         progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
-            watching = raise_pool_failure(job), recover.watch_replicas(job), nodes.watch(job)
+            watching = [raise_pool_failure(job), recover.watch_replicas(job), nodes.watch(job)]
             if job.scaling is not None:
-                watching = (*watching, job.scaling.watch())
+                watching.append(job.scaling.watch())
             background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set():
