@@ -8,7 +8,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def ray_head(folder: Path, *, num_cpus: int, **variables: str) -> Iterator[str]:
             processes.wait_gone(0)
 
 
-def loaded(ray_folder: str) -> Mapping[str, str]:
+def loaded(ray_folder: str) -> dict[str, str]:
     return {"RAY_TMPDIR": ray_folder, "RAY_agent_register_timeout_ms": "120000"}
 
 
