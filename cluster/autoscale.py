@@ -1,7 +1,7 @@
 """How many rollout workers a run needs: pure decisions from what the last steps measured.
 
-cluster/scaling.py measures and applies them. `target_workers` knows one measurement, `Steady` the ones before it: it lets workers go only when they have been too
-many for as long as it would take to start them again.
+`target_workers` knows one measurement, `Steady` the ones before it: it lets workers go only when they have been too
+many for as long as it would take to start them again. cluster/scaling.py measures and applies.
 """
 
 from __future__ import annotations

@@ -218,7 +218,12 @@ class Simulation:
 
 def configuration(work: Workload, folder: Path, cluster: Cluster) -> Config:
     """The run's configuration, checked as that of a real one."""
-    autoscale = {"max_workers": cluster.max_actors, "interval_s": cluster.autoscale_interval_s}
+    hours = cluster.max_actor_hours if cluster.max_actor_hours < math.inf else None
+    autoscale = {
+        "max_workers": cluster.max_actors,
+        "interval_s": cluster.autoscale_interval_s,
+        "max_worker_hours": hours,
+    }
     return validate(
         {
             "output_dir": str(folder),

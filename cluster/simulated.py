@@ -57,6 +57,7 @@ class Cluster:
     autoscale: bool = False
     autoscale_interval_s: float = 30.0
     max_actors: int = 4096
+    max_actor_hours: float = _NEVER
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("actors", "slots", "score_replicas", "max_actors")}

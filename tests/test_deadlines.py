@@ -13,6 +13,7 @@ ROOMS = ("contracts", "models", "actors", "learner", "serving", "cluster")
 # which itself waits with a deadline, or for what is meant to last as long as the run.
 WITHOUT = {
     "actors/delivery.py _newest_keyframe: asked": "LearnerGroup.keyframe, which answers within deadlines.weights_s",
+    "actors/placement.py look: ray.nodes()": "in a thread for which `missing` waits in answer()",
     "cluster/capacity.py capacity: ray.cluster_resources()": "in a thread for which launch.cluster waits in answer()",
     "cluster/cli.py main: task": "the whole run",
     "cluster/job.py another_worker: found": "room at a worker; pool.failure ends the run where none comes any more",

@@ -1,12 +1,13 @@
 """The sizing decision: by hand where it is clear, and the properties that it promises."""
 
+import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscale import Limits, Load, target_workers
+from cluster.autoscale import Limits, Load, Steady, most_workers, reason, target_workers
 
 LIMITS = Limits(min_workers=1, max_workers=100)
 
@@ -66,3 +67,99 @@ def test_it_stays_within_the_limits_and_is_monotone(measured, other, min_workers
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="min_workers 3"):
         Limits(min_workers=3, max_workers=2)
+
+
+def measured_with(workers, needed, *, noise=0.0, draw=None):
+    """What is seen where `needed` full workers would keep the learner busy, off by up to `noise`."""
+    off = 1 + (draw.uniform(-noise, noise) if draw else 0.0)
+    return load(workers, free=max(0.0, 1 - needed * off / workers), wait=max(0.0, 1 - workers / (needed * off)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "target"),
+    [
+        ({"ready": 5.0}, 9),  # five are still starting: with 8.3 there will be enough
+        ({"ready": 8.0}, 14),
+        ({"ready": 0.0}, 10),  # nothing was measured
+        ({"cold_start_s": 60.0, "remaining_s": 59.0}, 10),  # they would come when the run is over
+        ({"cold_start_s": 60.0, "remaining_s": 61.0}, 17),
+        ({"worker_s_left": 1300.0, "interval_s": 100.0}, 13),  # 13 can be paid for until the next decision
+        ({"worker_s_left": 0.0, "interval_s": 100.0}, 1),
+        ({"worker_s_left": -5.0}, 1),
+    ],
+)
+def test_what_is_starting_and_what_it_costs_count(changed, target):
+    assert target_workers(replace(load(wait=0.4), **changed), LIMITS) == target
+
+
+@settings(max_examples=300, deadline=None)
+@given(loads, st.integers(1, 50), st.integers(0, 100), st.floats(0, 1e5), st.floats(0, 1e4), st.floats(0, 200))
+def test_neither_the_bound_nor_the_limits_nor_the_money_are_ever_exceeded(
+    measured, min_workers, more, left_s, remaining_s, ready
+):
+    limits = Limits(min_workers, min_workers + more)
+    measured = replace(
+        measured, worker_s_left=left_s, interval_s=60.0, remaining_s=remaining_s, cold_start_s=100.0, ready=ready
+    )
+    steady = Steady(begun_s=0.0)
+    for at_s in (10.0, 1000.0):
+        target = steady.decide(measured, limits, at_s=at_s, keep_s=100.0)
+        assert min_workers <= target <= limits.max_workers
+        if target > min_workers:  # so many always run
+            assert (target - 1) * measured.places_per_worker < measured.samples_wanted
+            assert target * 60.0 <= left_s
+            assert target <= measured.workers or remaining_s >= 100.0
+    for name in ("worker_s_left", "remaining_s"):
+        richer = replace(measured, **{name: 2 * getattr(measured, name) + 60})
+        assert target_workers(richer, limits) >= target_workers(measured, limits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(0.5, 90.0), st.integers(1, 100), st.integers(0, 10**6))
+def test_it_comes_to_a_number_that_feeds_the_learner_and_stays_there_under_noise(needed, workers, seed):
+    draw, steady, numbers = random.Random(seed), Steady(begun_s=0.0), []
+    for decision in range(40):
+        seen = measured_with(workers, needed, noise=0.05, draw=draw)
+        workers = steady.decide(seen, LIMITS, at_s=60.0 * decision, keep_s=180.0)
+        numbers.append(workers)
+    # Noise at the edge of the hysteresis may push it over, once; it does not come back.
+    changes = [(a, b) for a, b in zip(numbers[12:], numbers[13:], strict=False) if a != b]
+    assert len(changes) <= 1
+    assert 0.8 * needed <= workers <= max(1.0, needed) * 1.25 + 1
+
+
+def test_without_hysteresis_the_same_noise_would_move_it_to_and_fro():
+    """That the property above can fail."""
+    draw, numbers, workers, limits = random.Random(0), [], 10, Limits(1, 100, hysteresis=0.0)
+    for _ in range(40):
+        workers = target_workers(measured_with(workers, 10.0, noise=0.05, draw=draw), limits)
+        numbers.append(workers)
+    assert sum(a != b for a, b in zip(numbers[12:], numbers[13:], strict=False)) > 5
+
+
+def test_workers_go_when_they_were_too_many_for_as_long_as_a_start_takes():
+    steady, limits, few = Steady(begun_s=0.0), Limits(1, 8), measured_with(8, 2.0)
+    assert [steady.decide(few, limits, at_s=at_s, keep_s=100.0) for at_s in (50, 99)] == [8, 8]
+    assert steady.decide(measured_with(8, 5.0), limits, at_s=101, keep_s=100.0) == 5
+    assert steady.decide(measured_with(5, 2.0), limits, at_s=150, keep_s=100.0) == 5
+    assert steady.decide(measured_with(5, 2.0), limits, at_s=202, keep_s=100.0) == 2
+    assert steady.decide(measured_with(2, 8.0), limits, at_s=203, keep_s=100.0) == 4  # growing needs no patience
+    assert steady.decide(replace(measured_with(4, 2.0), samples_wanted=64), limits, at_s=204, keep_s=100.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        (load(wait=0.4), "the learner waits for 40% of the time, the engines are full"),
+        (load(free=0.6), "60% of the engines' places are not needed, the learner waits 0%"),
+        (load(samples_wanted=128), "no more than 128 responses may be open: 2 workers hold them"),
+        (replace(load(), worker_s_left=1800.0, interval_s=600.0), "0.50 of max_worker_hours are left"),
+        (load(workers=200), "max_workers is 100"),
+        (load(workers=0), "min_workers is 1"),
+    ],
+)
+def test_the_reason_in_words(measured, words):
+    target = target_workers(measured, LIMITS)
+    assert target != measured.workers
+    assert target <= most_workers(measured, LIMITS)
+    assert reason(measured, LIMITS, target) == words

@@ -8,6 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
+from actors.roster import WorkerCounts
 from cluster.progress import Progress, duration
 
 
@@ -213,3 +214,15 @@ def test_duration():
     assert [duration(s) for s in (-3, 0, 59.4, 59.6, 185, 7620)] == [
         "0 s", "0 s", "59 s", "1 min 00 s", "3 min 05 s", "2 h 07 min",
     ]  # fmt: skip
+
+
+def test_workers_that_come_and_go_are_shown():
+    progress, file = _plain()
+    progress.workers(WorkerCounts(wanted=4, running=2, starting=2, pending=1, draining=3))
+    progress.step(_row(1))
+    text = "workers: 4 wanted, 2 running, 1 starting, 1 pending, 3 draining"
+    assert f"samples/s  {text}  1 min 30 s left" in file.getvalue()
+    progress, file = _terminal()
+    with progress:
+        progress.workers(WorkerCounts(wanted=1, running=1, starting=0, pending=0, draining=0))
+    assert "workers: 1 wanted, 1 running" in file.getvalue()

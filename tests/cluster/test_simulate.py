@@ -1,10 +1,12 @@
 """The simulator against arithmetic: schedules simple enough to work out by hand, and bounds that nothing exceeds."""
 
+import argparse
 import sys
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import scheduling
 from cluster import simulate as module
 from cluster.simulate import ideal, simulate
 from cluster.simulated import Cluster, Workload
@@ -139,6 +141,33 @@ def test_autoscaling_finds_the_number_that_keeps_the_learner_busy():
     assert 4 <= grown.workers <= 5.5
     assert 4 <= simulate(replace(cluster, actors=40), work).workers <= 8
     assert grown.samples_per_s > 0.9 * 128 / 20.5
+
+
+def following(**changed):
+    """The benchmark of work that rises and falls, short: one worker is enough, then four, then one."""
+    arguments = argparse.Namespace(steps=16, slow_s=44.0, fast_s=11.0)
+    cluster = Cluster(actors=1, slots=16, learn_s=0.0, restart_s=30.0, autoscale=True, max_actors=4)
+    return scheduling.follow(arguments, replace(cluster, **changed))
+
+
+def test_workers_follow_the_work_up_and_down():
+    found, four = following(), following(actors=4, autoscale=False)
+    numbers = [number for _, number in found.workers]
+    top = numbers.index(4)
+    assert numbers[0] == numbers[-1] == 1
+    assert numbers == sorted(numbers[:top]) + sorted(numbers[top:], reverse=True)
+    assert found.busy[0] > 0.9
+    assert found.busy[2] > 0.95
+    assert found.seconds < 1.12 * four.seconds
+    assert found.worker_s < 0.6 * four.worker_s
+
+
+def test_what_is_spent_on_workers_stays_below_the_ceiling():
+    free, cheap = following(), following(max_actor_hours=0.5)
+    since, left = cheap.workers[-1]
+    assert left == 1
+    assert 1200 < cheap.worker_s - (cheap.seconds - since) <= 1800  # until one was left, which always runs
+    assert cheap.worker_s < free.worker_s
 
 
 def test_the_command_prints_a_table(monkeypatch, capsys):

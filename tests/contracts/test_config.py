@@ -102,6 +102,19 @@ def test_a_wrong_type_is_named(tmp_path, changes, start):
             "deterministic: true needs streaming.max_lag_steps 0",
         ),
         (
+            {"deterministic": True, "rollout": {"autoscale": {"max_workers": 4}}},
+            "deterministic: true needs a fixed number of workers, not rollout.autoscale",
+        ),
+        (
+            {"rollout": {"num_workers": 5, "autoscale": {"min_workers": 2, "max_workers": 4}}},
+            "rollout: num_workers 5 is not within autoscale.min_workers 2 and autoscale.max_workers 4",
+        ),
+        (
+            {"rollout": {"num_workers": 2, "autoscale": {"min_workers": 5, "max_workers": 4}}},
+            "rollout.autoscale: min_workers 5 is more than max_workers 4",
+        ),
+        ({"rollout": {"autoscale": {"min_workers": 1}}}, "rollout.autoscale.max_workers: "),
+        (
             {"deterministic": True, "model": {"path": "m", "dtype": "float32"}},
             "deterministic: true needs model.dtype bf",
         ),
