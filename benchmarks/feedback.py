@@ -4,10 +4,12 @@
     python -m benchmarks.feedback crowd [--data FOLDER]
     python -m benchmarks.feedback asking [--set harmless|crowd] [--seeds 20] [--data FOLDER]
     python -m benchmarks.feedback speed [--judgments 100000]
+    python -m benchmarks.feedback store [--judgments 100000]
 
 `reliability` draws panels of good (right 80 %), random and hostile (right 20 %) voters, 1,000 pairs with 5 votes.
 `crowd` hides a fifth of real crowd votes and lets each method foretell them. `asking` trains a small logistic model on
 labels in the order in which each way asks for them, with frozen features of the texts. `speed` aggregates many votes.
+`store` writes votes one by one, each synced to disk before it is acknowledged, then many at once, and aggregates them.
 The real sets are read from ../shared/data. Intervals are 95 %. Prints Markdown.
 """
 
@@ -20,9 +22,11 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ from feedback.sampling import (
     variety,
 )
 from feedback.simulate import Pair, simulate_votes
+from feedback.store import DatasetQuery, Judgment, Store
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PANELS = {"20 % random, 20 % hostile": (0.2, 0.2), "40 % random": (0.4, 0.0), "all good": (0.0, 0.0)}
@@ -55,7 +60,7 @@ Array = NDArray[np.float64]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["reliability", "crowd", "asking", "speed"])
+    parser.add_argument("what", choices=["reliability", "crowd", "asking", "speed", "store"])
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--set", choices=["harmless", "crowd"], default="harmless")
     parser.add_argument("--judgments", type=int, default=100_000)
@@ -63,7 +68,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in versions().items()))
     print(f"\n`python -m benchmarks.feedback {' '.join(sys.argv[1:])}`, {os.cpu_count()} cores\n")
-    {"reliability": reliability, "crowd": crowd, "asking": asking, "speed": speed}[arguments.what](arguments)
+    {"reliability": reliability, "crowd": crowd, "asking": asking, "speed": speed, "store": store}[arguments.what](
+        arguments
+    )
 
 
 def reliability(arguments: argparse.Namespace) -> None:
@@ -392,6 +399,69 @@ def speed(arguments: argparse.Namespace) -> None:
     timed("alpha and side flags", lambda: (krippendorff_alpha(ballots), side_bias(ballots)))
     print(f"\n{len(ballots.pairs_N):,} votes, {len(ballots.pair_ids):,} pairs, {len(ballots.voters)} voters; ", end="")
     print(f"{found.iterations} and {strengths.iterations} iterations")
+
+
+def store(arguments: argparse.Namespace) -> None:
+    """Votes a second, acknowledged when they are synced; seconds from many votes in the store to probabilities."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        print(f"fsync of 4 KiB there: {1000 * fsync_s(Path(folder)):.2f} ms, the median of 100\n")
+        print("| one by one | votes | a second | of the processor, ms each |\n| --- | ---: | ---: | ---: |")
+        with Store(Path(folder) / "asked.db") as asked:
+            pairs = [Pair(f"{n:07d}", "", f"question {n}", "x", "y") for n in range(5000)]
+            asked.add_pairs(pairs, source="file", required_votes=5)
+            for threads in (1, 8):
+                one_by_one(asked, threads)
+        print("\n| many at once | seconds | of the processor | peak memory more, MiB |")
+        print("| --- | ---: | ---: | ---: |")
+        with Store(Path(folder) / "many.db") as many:
+            bulk(many, Path(folder), arguments.judgments)
+            print(f"\nthe file of the store: {(Path(folder) / 'many.db').stat().st_size / 2**20:.0f} MiB")
+
+
+def fsync_s(folder: Path) -> float:
+    took = []
+    with (folder / "synced").open("wb") as file:
+        for _ in range(100):
+            file.write(b"x" * 4096)
+            file.flush()
+            start = time.perf_counter()
+            os.fsync(file.fileno())
+            took.append(time.perf_counter() - start)
+    return float(np.median(took))
+
+
+def one_by_one(asked: Store, threads: int) -> None:
+    """Each thread is an annotator who asks for a task and votes, 200 times."""
+    people = [asked.register(f"{threads}-{number}")[0] for number in range(threads)]
+
+    def work(annotator: int) -> None:
+        for _ in range(200):
+            given = asked.next_task(annotator)
+            if given is None:
+                raise RuntimeError("there are fewer tasks than votes")
+            asked.submit(annotator, given.task_id, Judgment(given.lease_id, choice="a"), lease_id=given.lease_id)
+
+    start, start_cpu, votes = time.perf_counter(), time.process_time(), 200 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, people))
+    took_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+    print(f"| asked, then voted: {threads} at once | {votes} | {votes / took_s:.0f} | {1000 * cpu_s / votes:.1f} |")
+
+
+def bulk(many: Store, folder: Path, count: int) -> None:
+    pairs = [Pair(f"{n:07d}", "", f"question {n}", f"x {n}", f"y {n}") for n in range(count // 5)]
+    panel = {"good": VoterGroup(count=400, accuracy=0.8), "random": VoterGroup(count=100, accuracy=0.5)}
+    config = SimulatedVotes(gold="examples.judges:vader", votes_per_pair=5, voters=panel)
+    votes = simulate_votes(pairs, [float(n % 2) for n in range(len(pairs))], [0.5] * len(pairs), config, seed=0)
+    timed(f"{len(pairs):,} pairs in", lambda: many.add_pairs(pairs, source="live", required_votes=5))
+    timed(f"{len(votes):,} votes in", lambda: many.add_votes(votes))
+    timed("votes out, as arrays", many.ballots)
+    timed("majority, from store to store", lambda: many.aggregate(method="majority"))
+    run = timed("Dawid-Skene, from store to store", many.aggregate)
+    exported, query = folder / "exported.parquet", DatasetQuery(run.aggregate_id)
+    timed("preferences out, Parquet", lambda: many.export_preferences("all", query, exported))
+    with Store(folder / "imported.db") as imported:
+        timed("preferences in, Parquet", lambda: imported.import_preferences(exported))
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import secrets
 from collections.abc import Collection, Mapping
@@ -21,6 +20,7 @@ from feedback.store.records import (
     check_gold,
     check_kind,
     check_text,
+    is_number,
 )
 from feedback.store.schema import insert_new, judgments, leases, prompts, responses, tasks
 
@@ -56,7 +56,9 @@ def response_row(
     if source not in ("live", "versions", "file"):
         raise Refused("bad_task", f"source is {source!r:.60}, allowed is live, versions or file")
     check_text("response", text)
-    version = "" if weights_version is None else str(int(weights_version))
+    if weights_version is not None and (type(weights_version) is not int or not 0 <= weights_version < 2**53):
+        raise Refused("bad_task", f"weights_version is {weights_version!r:.60}, allowed is 0 or more")
+    version = "" if weights_version is None else str(weights_version)
     return {
         "id": response_id or digest("response", prompt_id, text, source, version),
         "prompt_id": prompt_id,
@@ -117,7 +119,7 @@ def task_row(
 
 
 def check_score(score: Any) -> None:
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    if not is_number(score):
         raise Refused("bad_task", f"score is {score!r:.60}, allowed is a finite number")
 
 

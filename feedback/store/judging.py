@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, insert, or_, select, update
 
 from feedback.store.asking import add_task, assignment, count_votes, digest, end_lease, lease, live_lease, standing
 from feedback.store.people import active_annotator, named_annotators
@@ -20,6 +20,7 @@ from feedback.store.records import (
     TaskKind,
     check_judgment,
     check_text,
+    is_number,
 )
 from feedback.store.schema import add_row, judgments, leases, responses, tasks
 
@@ -161,7 +162,7 @@ class ImportedVote:
 def add_votes(connection: Connection, votes: Iterable[ImportedVote], *, now: float) -> tuple[int, Counter[str]]:
     """Add votes that were not asked for here. Returns how many, and how many were dropped by reason (codes)."""
     batch = list(votes)
-    known: dict[str, Row[Any]] = {
+    known: dict[str, Any] = {
         row.id: row
         for row in connection.execute(
             select(tasks.c.id, tasks.c.kind, tasks.c.scale).where(tasks.c.id.in_({vote.task_id for vote in batch}))
@@ -199,7 +200,7 @@ def add_votes(connection: Connection, votes: Iterable[ImportedVote], *, now: flo
     return len(rows), dropped
 
 
-def _check_imported(vote: ImportedVote, known: Mapping[str, Row[Any]], *, now: float) -> None:
+def _check_imported(vote: ImportedVote, known: Mapping[str, Any], *, now: float) -> None:
     task = known.get(vote.task_id)
     if task is None:
         raise Refused("unknown_task", f"there is no task {vote.task_id!r:.80}")
@@ -207,7 +208,7 @@ def _check_imported(vote: ImportedVote, known: Mapping[str, Row[Any]], *, now: f
     check_judgment(vote.judgment, task.kind, task.scale)
     if vote.shown_left not in ("a", "b", None):
         raise Refused("bad_choice", f"left is {vote.shown_left!r:.40}, allowed is a or b")
-    if vote.created_s is not None and not 0 < vote.created_s <= now:
+    if vote.created_s is not None and not (is_number(vote.created_s) and 0 < vote.created_s <= now):
         raise Refused("bad_time", f"created_s is {vote.created_s!r:.40}, allowed is a time that has been")
 
 

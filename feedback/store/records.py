@@ -195,7 +195,7 @@ def check_judgment(judgment: Judgment, kind: str, scale: int) -> None:
     else:
         _check_answer(judgment, kind, scale)
     seconds = judgment.active_s
-    if seconds is not None and not (_is_number(seconds) and 0 <= seconds <= MAX_ACTIVE_S):
+    if seconds is not None and not (is_number(seconds) and 0 <= seconds <= MAX_ACTIVE_S):
         raise Refused("bad_time", f"active_s is {seconds!r:.60}, allowed is 0 to {MAX_ACTIVE_S:g}")
 
 
@@ -238,12 +238,14 @@ def _check_choice(name: str, value: Any) -> None:
 
 def _check_value(name: str, value: Any, kind: str, scale: int) -> None:
     low, high = (1, scale) if kind == "rating" else (0, 1)
-    if not _is_number(value) or value != int(value) or not low <= value <= high:
+    if not is_number(value) or value != int(value) or not low <= value <= high:
         raise Refused("bad_value", f"{name} is {value!r:.60}, allowed is a whole number from {low} to {high}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**53
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def check_kind(kind: str) -> None:

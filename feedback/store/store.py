@@ -311,13 +311,13 @@ class Store:
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         with self._reader.begin() as connection:
-            return work(connection)
+            return _checked(work, connection)
 
     def _write(self, work: Callable[[Connection], T]) -> T:
         for attempt in range(3):
             try:
                 with self._writer.begin() as connection:
-                    return work(connection)
+                    return _checked(work, connection)
             except IntegrityError:
                 # PostgreSQL: another transaction was first with the same key or vote; the next look finds it.
                 if attempt == 2:
@@ -330,3 +330,13 @@ class Store:
                     raise DiskFull(f"the store could not write: {room(folder)}") from error
                 raise
         raise AssertionError("unreachable")
+
+
+def _checked(work: Callable[[Connection], T], connection: Connection) -> T:
+    """What no column takes, as an id say, is refused like everything else that is wrong."""
+    try:
+        return work(connection)
+    except UnicodeEncodeError as error:
+        raise Refused("bad_text", "half a surrogate pair is no text") from error
+    except OverflowError as error:
+        raise Refused("bad_value", "a number of more than 64 bits") from error

@@ -12,7 +12,9 @@ import pytest
 
 from contracts.config import ConfigError
 from contracts.records import Comparison
-from feedback.formats import read_preferences, split_by_prompt, write_preferences
+from feedback import exports
+from feedback.formats import read_preferences, read_unpaired, split_by_prompt, write_preferences, write_unpaired
+from feedback.quality import UnpairedLabel
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_pairs.jsonl.gz"
 USER, ASSISTANT = "user", "assistant"
@@ -228,6 +230,54 @@ def test_hh_rlhf(tmp_path: Path):
     assert read_preferences(tmp_path / "hh.parquet") == (kept, {})
     train, held_out = split_by_prompt(kept, 0.2, seed=0)
     assert not {c.prompt for c in train} & {c.prompt for c in held_out}
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.jsonl.gz", "rows"])
+@pytest.mark.parametrize("layout", ["plain", "conversational"])
+def test_every_format_and_layout_comes_back_as_it_went(tmp_path: Path, name: str, layout: str):
+    if name == "rows":
+        pytest.importorskip("datasets")
+    prompts = ["Sky?", "Human: alone", "Human: Hi\n\nAssistant: Yes\n\nHuman: Sky?", "System: \n\nHuman: a\n\nb\u2028"]
+    rows = [Comparison(prompt, f"x{i} ", "y", f"p{i}", "chat", 0.875, 4, 1) for i, prompt in enumerate(prompts)]
+    write_preferences(rows, tmp_path / "of" / name, layout=layout)  # type: ignore[arg-type]
+    assert read_preferences(tmp_path / "of" / name) == (rows, {})
+    labels = [UnpairedLabel(prompt, f"x{i} ", i % 2 == 0, f"p{i}", 2, 3) for i, prompt in enumerate(prompts)]
+    write_unpaired(labels, tmp_path / "on" / name, layout=layout)  # type: ignore[arg-type]
+    assert read_unpaired(tmp_path / "on" / name) == (labels, {})
+    assert [entry.name for entry in (tmp_path / "on").iterdir()] == [name]
+
+
+def test_conversational_rows_are_those_of_trl(tmp_path: Path):
+    rows = [Comparison("System: Be kind.\n\nHuman: Sky?", "Blue.", "Green.")]
+    write_preferences(rows, tmp_path / "rows.jsonl", layout="conversational")
+    row = json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8"))
+    assert row["prompt"] == [message("system", "Be kind."), message(USER, "Sky?")]
+    assert (row["chosen"], row["rejected"]) == ([message(ASSISTANT, "Blue.")], [message(ASSISTANT, "Green.")])
+    with pytest.raises(ValueError, match="layout is 'chat', allowed is plain or conversational"):
+        write_preferences(rows, tmp_path / "rows.jsonl", layout="chat")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"rows\.csv: written are"):
+        write_preferences(rows, tmp_path / "rows.csv")
+
+
+def test_datasets_folders_need_the_package_and_a_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [Comparison("p", "x", "y")]
+    monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="need the package datasets: pip install datasets"):
+        write_preferences(rows, tmp_path / "rows")
+    monkeypatch.undo()
+    pytest.importorskip("datasets")
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(ConfigError, match="rows: is there already"):
+        write_preferences(rows, tmp_path / "rows")
+    with pytest.raises(ConfigError, match="rows: cannot be read"):
+        read_preferences(tmp_path / "rows")
+
+
+def test_what_is_alike_after_truncation_is_left_out(tmp_path: Path):
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "p", "chosen": "long x", "rejected": "long y"}, FINE)
+    kept, dropped = read_preferences(path, truncate=lambda text: text[:4])
+    assert (len(kept), dropped) == (1, {"identical after truncation": 1})
+    assert kept[0].chosen == "x"
 
 
 def rows_of(*prompts: str, prompt_id: str = "") -> list[Comparison]:
