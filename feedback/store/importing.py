@@ -193,7 +193,8 @@ def _votes(path: Path, voters: str) -> Iterator[ImportedVote]:
             rationale=row.get("rationale") or "",
             active_s=row.get("active_s"),
         )
-        yield ImportedVote(row["task_id"], f"{voters}:{row['voter']}", judgment, row.get("left"), row.get("created_s"))
+        voter = f"{voters}:{row['voter']}" if row["voter"].strip() else ""
+        yield ImportedVote(row["task_id"], voter, judgment, row.get("left"), row.get("created_s"))
 
 
 def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -203,6 +203,8 @@ def test_votes_that_nobody_asked_for(store: Store, pair: AddPair, person: int):
     refused("unknown_annotator", lambda: store.submit(99, given.task_id, yes, lease_id=given.lease_id))
     refused("unknown_annotator", lambda: store.next_task(99))
     refused("no_lease", lambda: store.submit(person, given.task_id, yes, lease_id="made up"))
+    refused("bad_text", lambda: store.submit(person, "\ud800", yes, lease_id=given.lease_id))
+    refused("bad_value", lambda: store.undo(person, 10**30, idempotency_key="u"))
     refused("no_lease", lambda: store.submit(person, elsewhere, yes, lease_id=given.lease_id))
     ben = store.register("ben")[0]
     refused("no_lease", lambda: vote(store, ben, given, "k"))

@@ -34,7 +34,7 @@ def lines(path: Path, *rows: object) -> Path:
 def everything(store: Store) -> list[int]:
     tables = ("prompts", "responses", "tasks", "judgments", "annotators", "aggregate_runs", "aggregates")
     with store._reader.begin() as connection:
-        return [connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() for table in tables]
+        return [connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() for table in tables]
 
 
 def test_votes_through_the_store_say_what_they_say_without_it(store: Store):
@@ -196,6 +196,8 @@ def test_votes_from_a_file_are_checked_one_by_one(store: Store, pair: Callable[.
         {**good, "voter": "ben", "task_id": "gone"},
         {**good, "voter": "ben", "created_s": 1_000_001.0},
         {**good, "voter": "ben", "created_s": "yesterday"},
+        {**good, "voter": "ben", "active_s": 10**400},
+        {**good, "voter": "ben", "choice": ["a"]},
         {**good, "voter": "ben", "active_s": -1},
         {**good, "voter": "ben", "left": "up"},
         {**good, "voter": " "},
@@ -203,7 +205,7 @@ def test_votes_from_a_file_are_checked_one_by_one(store: Store, pair: Callable[.
     ]
     report = store.import_votes(lines(tmp_path / "votes.jsonl", *rows), voters="crowd")
     assert (report.kept, report.rows) == (2, len(rows))
-    assert report.dropped == {"already_voted": 1, "bad_choice": 2, "unknown_task": 1, "bad_time": 3, "bad_text": 1}
+    assert report.dropped == {"already_voted": 1, "bad_choice": 3, "unknown_task": 1, "bad_time": 4, "bad_text": 1}
     ballots = store.ballots()
     assert (ballots.voters, ballots.left_N.tolist(), ballots.active_s_N.tolist()) == (["crowd:anna"], [-1.0], [4.5])
     assert store.progress(anna).voted == 0  # the file's anna is not ours
