@@ -98,7 +98,7 @@ def test_labels_and_both_bad_become_unpaired_rows(store: Store, person: int, tmp
         query = DatasetQuery(store.aggregate(kind).aggregate_id)  # type: ignore[arg-type]
         for layout in ("plain", "conversational"):
             path = tmp_path / f"{kind}-{layout}.jsonl"
-            store.export_unpaired(kind, query, path, layout=layout)  # type: ignore[arg-type]
+            store.export_unpaired(kind, query, path, layout=layout)
             labels, dropped = read_unpaired(path)
             assert dropped == {}
             assert sorted((label.response, label.good) for label in labels) == sorted(expected)
