@@ -1,8 +1,8 @@
 """The sizing decision: by hand where it is clear, and the properties that it promises."""
 
-import itertools
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -124,8 +124,7 @@ def test_it_comes_to_a_number_that_feeds_the_learner_and_stays_there_under_noise
         workers = steady.decide(seen, LIMITS, at_s=60.0 * decision, keep_s=180.0)
         numbers.append(workers)
     # Noise at the edge of the hysteresis may push it over, once; it does not come back.
-    changes = [(a, b) for a, b in itertools.pairwise(numbers[12:]) if a != b]
-    assert len(changes) <= 1
+    assert sum(a != b for a, b in pairwise(numbers[12:])) <= 1
     assert 0.8 * needed <= workers <= max(1.0, needed) * 1.25 + 1
 
 
@@ -135,7 +134,7 @@ def test_without_hysteresis_the_same_noise_would_move_it_to_and_fro():
     for _ in range(40):
         workers = target_workers(measured_with(workers, 10.0, noise=0.05, draw=draw), limits)
         numbers.append(workers)
-    assert sum(a != b for a, b in itertools.pairwise(numbers[12:])) > 5
+    assert sum(a != b for a, b in pairwise(numbers[12:])) > 5
 
 
 def test_workers_go_when_they_were_too_many_for_as_long_as_a_start_takes():

@@ -428,6 +428,23 @@ def on_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         return folder / "run", end(command, folder / "run")
 
 
+@pytest.mark.slow
+def test_workers_are_added_while_the_learner_waits(tiny_model: Path, tmp_path: Path) -> None:
+    config = write_project(tmp_path, tiny_model) | {"streaming": {"max_lag_steps": 1}, "steps": 300}
+    config["rollout"] |= {"max_concurrent": 4, "autoscale": {"max_workers": 2, "interval_s": 2}}
+    config["training"] |= {"epochs": 1, "minibatches": 1}
+    write_config(tmp_path, config)
+    run_dir = tmp_path / "run"
+    with Command("train", "config.yaml", cwd=tmp_path) as command:
+        command.until(lambda: "workers: 2 wanted" in command.output, "a second worker")
+        command.ctrl_c()
+        ended = end(command, run_dir)
+    assert (ended.status, ended.left) == (130, [])
+    (scale,) = [event for event in rows(run_dir / "events.jsonl") if event["event"] == "scale"]
+    assert re.fullmatch(r"the learner waits for \d+% of the time, the engines are full", scale["cause"])
+    assert scale["consequence"] == "1 -> 2 are wanted"
+
+
 def test_with_no_lag_every_token_is_of_the_trained_version(on_policy: tuple[Path, Ended]) -> None:
     run_dir, ended = on_policy
     assert ended.status == 0, ended.output
