@@ -314,7 +314,9 @@ def test_each_algorithm_comes_close_to_the_optimum(folder, policy, problem, algo
 
 
 @pytest.mark.parametrize("mistake", [wrong_sign_of_kl, no_mask])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("ppo", "grpo"))) for name in ALGORITHMS]
+)
 def test_a_wrong_sign_of_kl_or_no_mask_stays_far_from_it(folder, policy, problem, algorithm, mistake):
     assert train(make_learner(algorithm, folder), policy, problem, mistake=mistake) > FAR
 
