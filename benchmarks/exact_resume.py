@@ -37,6 +37,7 @@ def letter_e(prompts, responses, *, poison):
 _POLL_S = 0.02
 _DEADLINE_S = 900.0
 _WHILE_IT_STARTS = 0.2  # share of the kills
+_MOST_STEPS = 2  # between one kill and the next
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def killed(folder: Path, kills: int, draw: random.Random, step_s: float, start_s
     while True:
         again = ["resume=true"] if (run / "config.yaml").exists() else []
         with Command("train", "config.yaml", "output_dir=killed", *again, cwd=folder) as command:
-            if len(done) < kills and not ended_before(command, draw, step_s, start_s):
+            if len(done) < kills and not ended_before(command, run, draw, step_s, start_s):
                 done.append(moment(run, command))
                 command.kill()
                 continue
@@ -135,16 +136,24 @@ def killed(folder: Path, kills: int, draw: random.Random, step_s: float, start_s
             return done
 
 
-def ended_before(command: Command, draw: random.Random, step_s: float, start_s: float) -> bool:
-    """Wait for a random moment: while the run starts, or within three steps after; whether it ended before that."""
-    starting = draw.random() < _WHILE_IT_STARTS
-    delay_s = draw.uniform(0, start_s if starting else 3 * step_s)
+def ended_before(command: Command, run: Path, draw: random.Random, step_s: float, start_s: float) -> bool:
+    """Wait for a random moment: while the run starts, or some steps later; whether it ended before that."""
+    if draw.random() < _WHILE_IT_STARTS:
+        return _ends_within(command, draw.uniform(0, start_s))
+    more, delay_s = draw.randint(0, _MOST_STEPS), draw.uniform(0, 2 * step_s)
     expires = time.monotonic() + _DEADLINE_S
-    while not starting and not is_training(command) and not command.has_ended:
+    before = max(experience_log.steps(run), default=0)
+    while not command.has_ended:
+        if is_training(command) and max(experience_log.steps(run), default=0) >= before + more:
+            return _ends_within(command, delay_s)
         if time.monotonic() > expires:
-            raise RuntimeError(f"not training after {_DEADLINE_S:g} s:\n{command.output}")
+            raise RuntimeError(f"no step {before + more} after {_DEADLINE_S:g} s:\n{command.output}")
         time.sleep(_POLL_S)
-    until = time.monotonic() + delay_s
+    return True
+
+
+def _ends_within(command: Command, seconds: float) -> bool:
+    until = time.monotonic() + seconds
     while time.monotonic() < until and not command.has_ended:
         time.sleep(_POLL_S)
     return command.has_ended
