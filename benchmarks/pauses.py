@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     times = asyncio.run(measured(arguments))
     print(", ".join(f"{name} {value}" for name, value in versions().items()))
-    print(f"\n`python -m benchmarks.pauses {' '.join(sys.argv[1:])}`, {os.cpu_count()} cores\n")
+    print(f"\n`{' '.join(['python -m benchmarks.pauses', *sys.argv[1:]])}`, {os.cpu_count()} cores\n")
     print(f"| of {len(times)} updates | written before the pause, s | pause, s | load, s | resume, s | held, s |")
     print("| --- |" + " ---: |" * len(PARTS))
     for name, of in (("median", statistics.median), ("largest", max)):
@@ -74,6 +74,7 @@ async def measured(arguments: argparse.Namespace) -> list[UpdateTimes]:
         return times[1:]
     finally:
         requests.cancel()
+        await asyncio.wait([requests], timeout=DEADLINE_S)
         engine.shutdown()
 
 
