@@ -161,6 +161,7 @@ def in_a_process(folder: Path, what: str, mode: str, **environment: str) -> dict
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_costs_the_run_nothing_but_the_curves(tmp_path: Path) -> None:
     result = in_a_process(tmp_path, "", "online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     ((name, cause),) = result["lost"]

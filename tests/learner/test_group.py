@@ -315,7 +315,8 @@ class Owner:
         return os.getpid()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_lost_batch_is_sent_again_and_trained_once(
     one_rank, two_ranks, tiny_model: Path, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:

@@ -92,6 +92,7 @@ def test_dense_and_float32(ray_session: Processes, tiny_model: Path, tmp_path: P
     run(check())
 
 
+@pytest.mark.slow
 def test_replaced_ranks_go_on_from_the_published_version(
     ray_session: Processes, tiny_model: Path, tmp_path: Path, run: RunCoroutine
 ) -> None:
