@@ -111,7 +111,7 @@ class Mailbox:
         try:
             self._answers.append(Answer(number, rollout=await self.generate(request)))
         except WeightsError:
-            pass  # The engine is broken: `Finished.broken` says it, once for all requests.
+            return  # the engine is broken: `Finished.broken` says it, once for all requests
         except ValueError as error:
             self._answers.append(Answer(number, refused=str(error)))
         except Exception:  # noqa: BLE001 whatever it is, the pool is waiting to hear of it

@@ -110,8 +110,7 @@ def one_run(
         try:
             run.until(lambda: run.step >= 1, "first step", deadline_s=STARTED_S)
             strike_all(run, kinds, arguments.strikes, random.Random(seed), took)
-            while run.ended is None:
-                time.sleep(1.0)
+            run.until_end(deadline_s=STARTED_S)
         except Missed as missed:
             log = (folder / "driver.log").read_text(errors="replace").splitlines()[-15:]
             return [str(missed), *(f"the driver said: {line}" for line in log)], []

@@ -178,6 +178,20 @@ class Attacked:
         seen = self.step
         self.until(lambda: self.step > seen, f"step after {seen}", deadline_s=deadline_s)
 
+    def until_end(self, *, deadline_s: float) -> None:
+        """Wait for the run to end by itself, for as long as each step and the end take no longer than `deadline_s`.
+
+        Raises:
+            Missed: it neither got on nor ended.
+        """
+        seen, expires = self.step, time.monotonic() + deadline_s
+        while self.ended is None:
+            if self.step > seen:
+                seen, expires = self.step, time.monotonic() + deadline_s
+            if time.monotonic() > expires:
+                raise Missed(f"the run neither got on after step {seen} nor ended within {deadline_s:g} s")
+            time.sleep(0.5)
+
     def proof(self) -> list[str]:
         """What is wrong with the files of the run; nothing if they prove what they should."""
         return audit(

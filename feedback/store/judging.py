@@ -140,7 +140,9 @@ def undo(
     if _latest(connection, said.task_id, annotator_id) != (said.id, said.revision, "vote"):
         raise Refused("already_undone", f"vote {judgment_id} no longer stands")
     how = {"origin": said.origin, "lease_id": None, "shown_left": None}
-    _add(connection, annotator_id, said.task_id, taken_back, act, how, (said.id, said.revision), now=now)
+    before = (said.id, said.revision)
+    row = _row(annotator_id, said.task_id, taken_back, act, how, before, taken_back, now=now)
+    add_row(connection, judgments, row)
     if said.choice != "skip":
         count_votes(connection, said.task_id, -1)
     if said.origin != "asked":
@@ -226,26 +228,11 @@ def _vote(
     before = _latest(connection, task_id, annotator_id)
     if before and before[2] == "vote":
         raise Refused("already_voted", f"annotator {annotator_id} has voted on task {task_id}: undo that first")
-    added = _add(connection, annotator_id, task_id, judgment, act, how, before, now=now, digest_of=digest_of)
+    row = _row(annotator_id, task_id, judgment, act, how, before, digest_of or judgment, now=now)
+    added = add_row(connection, judgments, row)
     if judgment.choice != "skip":
         count_votes(connection, task_id, 1)
     return _receipt(connection, added, task_id, repeated=False)
-
-
-def _add(
-    connection: Connection,
-    annotator_id: int,
-    task_id: str,
-    judgment: Judgment,
-    act: str,
-    how: dict[str, Any],
-    before: tuple[Any, ...] | None,
-    *,
-    now: float,
-    digest_of: Judgment | None = None,
-) -> int:
-    row = _row(annotator_id, task_id, judgment, act, how, before, digest_of or judgment, now=now)
-    return add_row(connection, judgments, row)
 
 
 def _row(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -268,24 +269,20 @@ class Store:
         self, name: str, query: DatasetQuery, path: str | Path, *, layout: Layout = "plain"
     ) -> DatasetVersion:
         """Pairs as a preference file (`feedback.formats.write_preferences`), recorded as a version of `name`."""
-        content, dropped = results.ContentHash(), Counter[str]()
-        self._read(
-            lambda connection: write_preferences(
-                content.through(results.preferences(connection, query, dropped)), path, layout=layout
-            )
-        )
-        return self._write(lambda c: results.keep_dataset(c, name, query, content, dropped, now=self._now()))
+        return self._export(name, query, results.preferences, partial(write_preferences, path=path, layout=layout))
 
     def export_unpaired(
         self, name: str, query: DatasetQuery, path: str | Path, *, layout: Layout = "plain"
     ) -> DatasetVersion:
         """Labels of single responses (`feedback.formats.write_unpaired`), recorded as a version of `name`."""
+        return self._export(name, query, results.unpaired, partial(write_unpaired, path=path, layout=layout))
+
+    def _export(
+        self, name: str, query: DatasetQuery, rows: Any, write: Callable[[Iterator[Any]], object]
+    ) -> DatasetVersion:
+        """`rows(connection, query, dropped)` into a file, and what it holds into the table of versions."""
         content, dropped = results.ContentHash(), Counter[str]()
-        self._read(
-            lambda connection: write_unpaired(
-                content.through(results.unpaired(connection, query, dropped)), path, layout=layout
-            )
-        )
+        self._read(lambda connection: write(content.through(rows(connection, query, dropped))))
         return self._write(lambda c: results.keep_dataset(c, name, query, content, dropped, now=self._now()))
 
     def dataset_versions(self, name: str) -> Sequence[DatasetVersion]:

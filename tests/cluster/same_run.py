@@ -57,7 +57,7 @@ def _tensors(folder: Path, scratch: Path) -> Iterator[tuple[str, Any]]:
     """Masters and optimizer moments, whole, however they were cut among ranks."""
     scratch.mkdir(parents=True, exist_ok=True)
     dcp_to_torch_save(folder, scratch / "state.pt")
-    state = torch.load(scratch / "state.pt", weights_only=False)
+    state = torch.load(scratch / "state.pt", weights_only=True)
     yield from sorted(_flat(state, "state/learner"), key=lambda leaf: leaf[0])
 
 
