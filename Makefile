@@ -22,7 +22,7 @@ install: $(VENV)/installed-$(EXTRA)  ## set .venv up (EXTRA=cpu or gpu)
 $(VENV)/installed-$(EXTRA): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	"$$(command -v uv || echo $(BIN)/uv)" pip install --python $(BIN)/python $(TORCH_BACKEND) $(CONSTRAINTS) -e '.[$(EXTRA),dev]'
+	"$$(command -v uv || echo $(BIN)/uv)" pip install --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) $(CONSTRAINTS) -e '.[$(EXTRA),dev]'
 	touch $@
 
 train: install  ## the quickstart: reward model from simulated votes, then PPO (runs/quickstart)
