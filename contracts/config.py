@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.section import Fraction, FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from contracts.serving import ServingConfig
 
 
 class ConfigError(ValueError):
@@ -333,6 +334,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
     logging: LoggingConfig = LoggingConfig()
+    serving: ServingConfig | None = None
 
     @property
     def max_prompt_tokens(self) -> int:

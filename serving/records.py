@@ -1,0 +1,67 @@
+"""What ingress, replicas and the version keeper say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+
+from contracts.records import WeightsUpdate
+
+LIVE = "live"  # the slot of the replicas that follow training; `pinned-7` is that of a version with its own replica
+
+
+@dataclass(frozen=True)
+class PolicyRequest:
+    """One request to a replica; `body` is an OpenAI request that the ingress has checked.
+
+    `answer_id` names the answer in the API. The replica gives up `deadline_s` after it has the request.
+    """
+
+    kind: Literal["chat", "completion"]
+    body: dict[str, Any]
+    answer_id: str
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first thing that a replica says: bytes follow only where `status` is 200.
+
+    A draining replica that is not the only one of its slot says `draining`: ask another. `error` is an error in the
+    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: that its first token has).
+    """
+
+    status: int
+    version: int
+    replica: str
+    draining: bool = False
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a replica should serve next, and how to get there from what it holds.
+
+    `steps` are applied to the shadow in this order: deltas that begin at the version it holds, or a keyframe and the
+    deltas after it. A replica whose `version` is the wanted one gets no order.
+    """
+
+    version: int
+    steps: list[tuple[WeightsUpdate, list[ray.ObjectRef]]]
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """One line of the history: a version and what became of it. `time` is in seconds since the epoch.
+
+    `metrics` are the gate's (reward, kl, length of candidate and current), empty where there is no gate.
+    """
+
+    version: int
+    time: float
+    status: Literal["published", "refused", "promoted", "rolled_back", "pinned", "released"]
+    reason: str
+    metrics: dict[str, float] = field(default_factory=dict)
