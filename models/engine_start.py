@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from models.engine_files import new_path
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -23,7 +26,7 @@ _environment_lock = threading.Lock()
 def start_vllm(arguments: dict[str, Any], environment: dict[str, str], on_gpu: bool) -> list[AsyncLLM]:
     """The engine in a list of one: errors that vLLM keeps hold this thread's result for ever, and
     an engine that is still held at interpreter exit fails in its finalizer."""
-    with _environment_lock, _environment(environment):
+    with _environment_lock, _sockets() as sockets, _environment(environment | {"VLLM_RPC_BASE_PATH": str(sockets)}):
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -47,6 +50,20 @@ def start_vllm(arguments: dict[str, Any], environment: dict[str, str], on_gpu: b
             use_tqdm_on_load=False,
         )
         return [AsyncLLM.from_engine_args(engine_args)]
+
+
+@contextmanager
+def _sockets() -> Iterator[Path]:
+    """A folder for the sockets between vLLM's processes, without which the connections live on: so a kill leaves none.
+
+    vLLM itself would leave them in the temporary folder, under names that tell nobody whose they are.
+    """
+    folder = new_path("sockets")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def child_environment(model: str, *, num_gpus: float, threads: int | None, start_timeout_s: float) -> dict[str, str]:
