@@ -28,10 +28,11 @@ from actors.placement import missing
 from actors.rollout import RolloutActor
 from actors.roster import Roster, Used, WorkerCounts
 from contracts.clock import BusyClock, now
-from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
+from contracts.config import DeadlinesConfig, ModelConfig
 from contracts.events import Event, first_line
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
+from contracts.workers import RolloutConfig
 from models.engine import WeightsError
 from models.engine_adapters import AdapterSettings
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.applications import run_application
 from actors.replicas import ask, health_checks
-from contracts.config import ReplicaConfig
+from contracts.workers import ReplicaConfig
 from models.forward import check_supported, response_logprobs
 from models.packing import allow_packing, pack, pad, why_not_packed
 

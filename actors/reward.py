@@ -21,8 +21,9 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.applications import run_application
 from actors.replicas import ask, health_checks
-from contracts.config import ReplicaConfig, RewardConfig
+from contracts.config import RewardConfig
 from contracts.records import Prompt
+from contracts.workers import ReplicaConfig
 from models.reward import RewardModel
 
 

@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 
 from actors.delivery import WeightsAnswer
 from actors.mailbox import Finished, Mailbox, RolloutRequest, Started
-from contracts.config import ModelConfig, RolloutConfig
+from contracts.config import ModelConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import answer
+from contracts.workers import RolloutConfig
 from models.engine import Engine, Generation
 from models.engine_adapters import AdapterSettings
 from models.engine_core import CoreWatch

@@ -45,8 +45,9 @@ from cluster.simulate import Simulation, ideal, simulate
 from cluster.simulated import Cluster, SimulatedLearner, SimulatedPool, SimulatedWorker, Workload
 from cluster.virtual_time import VirtualTime
 from contracts.clock import now
-from contracts.config import DeadlinesConfig, ModelConfig, RolloutConfig
+from contracts.config import DeadlinesConfig, ModelConfig
 from contracts.records import Rollout, WeightsUpdate
+from contracts.workers import RolloutConfig
 
 INSTANT = Cluster(
     slots=256,

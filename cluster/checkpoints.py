@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from contracts import config as configuration
+from contracts import loading as configuration
 from contracts.config import Config, ConfigError
 from learner import checkpoint as checkpoints
 

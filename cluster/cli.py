@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cluster.loopback import stay_on_loopback
-from contracts import config as configuration
+from contracts import loading as configuration
 from contracts.config import ConfigError
 from contracts.stopping import StopRequest
 

@@ -27,8 +27,9 @@ from cluster.run_log import RunLog, write_json, write_whole
 from cluster.scaling import Scaling
 from cluster.trackers import Trackers, start_trackers
 from cluster.trackers.ray_metrics import RayMetrics, watch
-from contracts.config import Config, dump
+from contracts.config import Config
 from contracts.events import Event, first_line
+from contracts.loading import dump
 from contracts.records import Prompt
 from contracts.stopping import StopRequest
 from learner import checkpoint as checkpoints

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.autoscale import Limits, Load, Steady, reason, target_workers
 from contracts.clock import now
-from contracts.config import AutoscaleConfig
+from contracts.workers import AutoscaleConfig
 
 if TYPE_CHECKING:
     from cluster.job import Job

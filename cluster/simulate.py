@@ -42,7 +42,8 @@ from cluster.simulated import (
 )
 from cluster.virtual_time import VirtualTime
 from contracts.clock import now
-from contracts.config import Config, ConfigError, validate
+from contracts.config import Config, ConfigError
+from contracts.loading import validate
 from contracts.records import Prompt
 from contracts.stopping import StopRequest
 from learner.experience_queue import ExperienceQueue, StalenessBound

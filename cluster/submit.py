@@ -31,7 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster import working_dir
 from cluster.progress import duration
-from contracts import config as configuration
+from contracts import loading as configuration
 from contracts.config import ConfigError
 from contracts.waiting import NoAnswer, answer
 

@@ -1,23 +1,19 @@
 """Every setting of a run, in one place, with its default: frozen pydantic models, unknown keys refused.
 
-A configuration is a YAML file plus `key=value` overrides (`training.learning_rate=2e-6`). `load` turns both
-into a `Config` or raises `ConfigError` with one line that names the field and what is allowed.
+The sections of one subject that have outgrown this page are beside it: algorithm.py, workers.py, serving.py.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
-from contracts.section import Fraction, FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from contracts.section import Fraction, FunctionPath, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
+from contracts.workers import LearnerConfig, ReplicaConfig, RolloutConfig
 
 
 class ConfigError(ValueError):
@@ -54,92 +50,6 @@ class SamplingConfig(Section):
 
     max_response_tokens: PositiveInt = 256
     temperature: Positive = 1.0
-
-
-class WorkerConfig(Section):
-    """What one worker process gets. Fractions of a GPU let several share one."""
-
-    num_cpus: NonNegative = Field(default=1.0, description="Ray CPUs reserved (bookkeeping; threads sets what is used)")
-    num_gpus: NonNegative = 0.0
-    threads: PositiveInt | None = Field(
-        default=None, description="compute threads; default: all cores of the machine, shared by a learner's ranks"
-    )
-    resources: dict[str, Positive] = Field(
-        default_factory=dict, description="of Ray's custom resources, to say on which nodes it may run"
-    )
-
-
-class AutoscaleConfig(Section):
-    """Rollout workers come and go with the work: no more than the learner needs, and `max_lag_steps` lets work."""
-
-    min_workers: PositiveInt = 1
-    max_workers: PositiveInt
-    interval_s: Positive = Field(
-        default=60.0, description="between two decisions, at least; each needs max_lag_steps + 1 steps too"
-    )
-    max_worker_hours: Positive | None = Field(
-        default=None,
-        description="what the command may spend on rollout workers, summed over them, from their start to their end; "
-        "then min_workers go on. Times the hourly price of a machine it is the ceiling of its cost",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
-        return self
-
-
-class RolloutConfig(WorkerConfig):
-    """Rollout actors: one vLLM engine each."""
-
-    num_workers: PositiveInt = Field(default=1, description="with autoscale: those that the run begins with")
-    autoscale: AutoscaleConfig | None = Field(default=None, description="default: always num_workers")
-    tensor_parallel_size: PositiveInt = 1
-    max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
-    max_deaths_in_a_row: NonNegativeInt = Field(
-        default=3, description="in one worker's place, with no response in between, before the run stops"
-    )
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
-    kv_cache_on_update: Literal["recompute", "keep"] = Field(
-        default="recompute",
-        description="when new weights arrive in the middle of responses: recompute their cached states, or keep the "
-        "old ones, which costs nothing and mixes versions within a response",
-    )
-
-    @property
-    def most_workers(self) -> int:
-        """As many as there may ever be."""
-        return self.autoscale.max_workers if self.autoscale else self.num_workers
-
-    @property
-    def fewest_workers(self) -> int:
-        """As many as there always are."""
-        return self.autoscale.min_workers if self.autoscale else self.num_workers
-
-    @model_validator(mode="after")
-    def _begins_within_the_limits(self) -> Self:
-        if not self.fewest_workers <= self.num_workers <= self.most_workers:
-            raise ValueError(
-                f"num_workers {self.num_workers} is not within autoscale.min_workers {self.fewest_workers} and "
-                f"autoscale.max_workers {self.most_workers}"
-            )
-        return self
-
-
-class LearnerConfig(WorkerConfig):
-    """The learner's ranks: processes that share one model."""
-
-    num_ranks: PositiveInt = 1
-
-
-class ReplicaConfig(WorkerConfig):
-    """Ray Serve replicas that score or give reference log-probabilities."""
-
-    num_replicas: PositiveInt = 1
-    max_batch_size: PositiveInt = 16
-    batch_wait_s: NonNegative = Field(default=0.05, description="how long a replica waits to fill a batch")
 
 
 class RewardConfig(Section):
@@ -392,134 +302,3 @@ class Config(Section):
                 f"{self.training.batch_size}: no batch would ever be complete"
             )
         return self
-
-
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides and validate.
-
-    Raises:
-        ConfigError: one line that names the file or field and what is allowed.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}:{line} not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this file holds {_kind(data)}")
-    for override in overrides:
-        _override(data, override)
-    return validate(data, source=str(path))
-
-
-def validate(data: Mapping[str, Any], *, source: str) -> Config:
-    """Validate a nested mapping; `source` names it in errors."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from error
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: write key=value, for example training.learning_rate=1e-6")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    if value == text.strip():  # unquoted text: prompts.system='"5"' stays text
-        value = _number(value)
-    *parents, last = key.split(".")
-    node: Any = data
-    for name in parents:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {name} is {_kind(node)}, not a section")
-    node[last] = value
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return number if math.isfinite(number) else value
-    return value
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
-    # A misspelt key often leaves the right one missing: name the misspelt one.
-    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    field = ".".join(str(part) for part in problem["loc"]) or "configuration"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_nearest(problem['loc'])}{more}"
-    if problem["type"] == "missing":
-        return f"{field}: required, but missing{more}"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return f"{field}: {message}{more}" if problem["loc"] else f"{message}{more}"
-    got = _shortened(repr(problem["input"]))
-    if problem["type"] == "model_type":
-        return f"{field}: a section with keys of its own is expected, got {got}{more}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{field}: {message}, got {got}{more}"
-
-
-def _shortened(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    known = _keys_at(loc[:-1])
-    matches = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-    if matches:
-        return f", did you mean {matches[0]}?"
-    return f"; known here: {', '.join(sorted(known))}" if known else ""
-
-
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for part in loc:
-        if isinstance(part, int) or not _is_section(section) or part not in section.model_fields:
-            continue  # an index into a list, or a name the person chose
-        section = _section_of(section.model_fields[part].annotation)
-    return list(section.model_fields) if _is_section(section) else []
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _section_of(annotation: Any) -> Any:
-    """The Section inside `X | None`, `tuple[X, ...]` or `dict[str, X]`."""
-    if _is_section(annotation):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None

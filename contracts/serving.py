@@ -9,21 +9,18 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from contracts.section import FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from contracts.workers import WorkerConfig
 
 _FOLLOW = re.compile(r"latest|pinned:\d+|every:[1-9]\d*")
 
 
-class EngineReplicaConfig(Section):
+class EngineReplicaConfig(WorkerConfig):
     """The serving replicas: one vLLM engine each. Ray Serve adds and removes them between the two bounds."""
 
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
     target_running: Positive = Field(default=16.0, description="running requests a replica that Serve scales for")
     max_running: PositiveInt = Field(default=64, description="requests that one engine works on at once")
-    num_cpus: NonNegative = 1.0
-    num_gpus: NonNegative = 0.0
-    threads: PositiveInt | None = Field(default=None, description="OpenMP threads on CPU; default: all allowed cores")
-    resources: dict[str, Positive] = Field(default={}, description="custom Ray resources of the nodes to run on")
     tensor_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")

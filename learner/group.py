@@ -17,11 +17,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.config import DeadlinesConfig
 from contracts.disk import DiskFull
 from contracts.events import Event, EventKind, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
+from contracts.workers import LearnerConfig
 from learner.publish import WeightsRefs
 from learner.rank import LearnerRank, LearnerSettings, training_environment
 

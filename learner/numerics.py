@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from contracts.config import LearnerConfig
 from contracts.software import installed, processor
+from contracts.workers import LearnerConfig
 
 
 def numerics(workers: LearnerConfig, *, threads: int) -> dict[str, str]:

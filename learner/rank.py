@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
-from contracts.config import LearnerConfig
 from contracts.disk import DiskFull, is_full
 from contracts.records import ScoredRollout, WeightsUpdate
+from contracts.workers import LearnerConfig
 from learner.numerics import numerics, threads_of
 from learner.ppo import PPOLearner
 from learner.publish import Publisher, WeightsRefs

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import pytest
 
 from cluster.loopback import stay_on_loopback
-from contracts.config import Config, validate
+from contracts.config import Config
+from contracts.loading import validate
 from tests.command import Processes
 from tests.tiny import build_tiny_model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.doctor.machine import existing_ancestor
-from contracts import config as configuration
+from contracts import loading as configuration
 from contracts.config import Config, ConfigError
 
 # Dotted names; a name stands for everything below it. docs list the same.

@@ -9,8 +9,8 @@ import pytest
 from ray import serve
 
 from actors.reference import ReferenceModel, deploy_reference
-from contracts.config import ReplicaConfig
 from contracts.waiting import NoAnswer
+from contracts.workers import ReplicaConfig
 from tests.actors.direct import response_logprobs
 from tests.command import Processes
 from tests.conftest import RunCoroutine

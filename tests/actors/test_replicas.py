@@ -16,9 +16,10 @@ from ray.exceptions import RayActorError
 
 from actors import replicas
 from actors.reward import RewardHandle, Score, ScoreRequest, deploy_reward
-from contracts.config import ReplicaConfig, RewardConfig
+from contracts.config import RewardConfig
 from contracts.events import Event
 from contracts.waiting import NoAnswer
+from contracts.workers import ReplicaConfig
 from tests.command import Processes
 from tests.conftest import RunCoroutine
 

@@ -11,10 +11,11 @@ import pytest
 
 from actors.placement import Room, waits_for
 from actors.pool import RolloutPool, WorkerLost
-from contracts.config import AutoscaleConfig, Config
+from contracts.config import Config
 from contracts.events import Event
 from contracts.records import Rollout
 from contracts.waiting import NoAnswer
+from contracts.workers import AutoscaleConfig
 from tests.actors.rollouts import ask, request, running_pool, with_settings
 from tests.actors.scripted import ScriptedActor
 from tests.command import Processes

@@ -11,9 +11,10 @@ import pytest
 from ray import serve
 
 from actors.reward import BadSample, RewardComponents, RewardHandle, Score, ScoreRequest, deploy_reward
-from contracts.config import ReplicaConfig, RewardConfig
+from contracts.config import RewardConfig
 from contracts.records import Prompt
 from contracts.waiting import NoAnswer
+from contracts.workers import ReplicaConfig
 from tests.command import Processes
 from tests.conftest import RunCoroutine
 

@@ -26,8 +26,9 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import instance_manager_pb2
 
 from cluster.cli import app
-from contracts import config as configuration
-from contracts.config import Config, WorkerConfig
+from contracts import loading as configuration
+from contracts.config import Config
+from contracts.workers import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "ray_cluster.yaml"

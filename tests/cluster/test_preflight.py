@@ -11,7 +11,8 @@ import pytest
 
 from cluster.doctor import machine
 from cluster.preflight import capacity, check, model_files
-from contracts.config import ConfigError, dump, validate
+from contracts.config import ConfigError
+from contracts.loading import dump, validate
 
 
 def write_model(folder, *, parameters=1000, template=True, positions=2048):

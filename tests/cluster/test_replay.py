@@ -11,7 +11,8 @@ from cluster import experience_log, resume
 from cluster.progress import Progress
 from cluster.reproducible import decisive_settings, differences
 from cluster.run_log import RunLog
-from contracts.config import Config, ConfigError, dump, validate
+from contracts.config import Config, ConfigError
+from contracts.loading import dump, validate
 from learner.numerics import numerics, threads_of
 from models.weights import digest, folder_digest
 from tests.cluster.test_train import headrace

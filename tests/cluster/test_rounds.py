@@ -24,7 +24,8 @@ from cluster.leases import LeaseBook
 from cluster.resume import Resumption, restore
 from cluster.run_log import RunLog
 from cluster.together import batches, shares
-from contracts.config import Config, validate
+from contracts.config import Config
+from contracts.loading import validate
 from contracts.records import Prompt, Rollout
 from contracts.stopping import StopRequest
 from learner.experience_queue import ExperienceQueue, StalenessBound

@@ -21,7 +21,7 @@ from cluster import submit as module
 from cluster.preflight.run_folder import finished_checkpoints
 from cluster.submit import Jobs, exit_status, show_log, show_status, stop, submit
 from cluster.working_dir import check_inputs, check_size, config_path, sent_files
-from contracts import config as configuration
+from contracts import loading as configuration
 from contracts.config import ConfigError
 from contracts.waiting import NoAnswer
 from tests.cluster.test_train import steps, write_config, write_project

@@ -30,8 +30,9 @@ from cluster.trackers import Trackers, start_trackers
 from cluster.trackers.ray_metrics import COUNTERS, GAUGES, RayMetrics, watch
 from cluster.trackers.tensorboard import TensorBoard
 from cluster.trackers.weights_and_biases import check_wandb
-from contracts.config import Config, ConfigError, WandbConfig, validate
+from contracts.config import Config, ConfigError, WandbConfig
 from contracts.events import Event
+from contracts.loading import validate
 from learner.experience_queue import ExperienceQueue, ScoredGroup, StalenessBound
 from tests.command import Processes
 from tests.curves import ROOT, documented_curves, offline_runs
@@ -117,7 +118,7 @@ LOGGING_RUN = """
     import psutil
     from cluster.trackers import start_trackers
     from cluster.trackers.weights_and_biases import check_wandb
-    from contracts.config import validate
+    from contracts.loading import validate
 
     config = validate(json.loads(sys.argv[2]), source="tests")
     check_wandb(config.logging.wandb)

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from contracts.config import Config, ConfigError, dump, load, validate
+from contracts.config import Config, ConfigError
+from contracts.loading import dump, load, validate
 
 MINIMAL = {
     "output_dir": "runs/x",

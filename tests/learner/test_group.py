@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from cluster import experience_log
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
-from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.config import DeadlinesConfig
 from contracts.disk import DiskFull
 from contracts.events import Event
 from contracts.records import ScoredRollout
+from contracts.workers import LearnerConfig
 from learner.group import LearnerGroup, RankFailure
 from learner.rank import LearnerSettings
 from models.weight_stream import read_tensors

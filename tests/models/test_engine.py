@@ -278,7 +278,7 @@ def test_starting_leaves_the_environment_alone(rig: Rig) -> None:
 def test_no_socket_of_an_engine_has_a_name(rig: Rig) -> None:
     """vLLM's processes talk through sockets that lost theirs when they were connected: a kill leaves no file."""
     engine = psutil.Process()
-    bound = {c.laddr for each in (engine, *engine.children()) for c in each.net_connections("unix") if c.laddr}
+    bound = {str(c.laddr) for each in (engine, *engine.children()) for c in each.net_connections("unix") if c.laddr}
     of_engines = {path for path in bound if f"{WEIGHTS_FILE_PREFIX}{engine.pid}-sockets" in path}
     assert of_engines
     assert not any(Path(path).exists() for path in of_engines)

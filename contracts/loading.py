@@ -1,0 +1,149 @@
+"""Reading a configuration: a YAML file plus `key=value` overrides, and errors that people understand.
+
+`load` turns both into a `Config` or raises `ConfigError` with one line that names the field and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from contracts.config import Config, ConfigError
+from contracts.section import Section
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and validate.
+
+    Raises:
+        ConfigError: one line that names the file or field and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}:{line} not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this file holds {_kind(data)}")
+    for override in overrides:
+        _override(data, override)
+    return validate(data, source=str(path))
+
+
+def validate(data: Mapping[str, Any], *, source: str) -> Config:
+    """Validate a nested mapping; `source` names it in errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from error
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: write key=value, for example training.learning_rate=1e-6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    if value == text.strip():  # unquoted text: prompts.system='"5"' stays text
+        value = _number(value)
+    *parents, last = key.split(".")
+    node: Any = data
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {name} is {_kind(node)}, not a section")
+    node[last] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    # A misspelt key often leaves the right one missing: name the misspelt one.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    field = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_nearest(problem['loc'])}{more}"
+    if problem["type"] == "missing":
+        return f"{field}: required, but missing{more}"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{field}: {message}{more}" if problem["loc"] else f"{message}{more}"
+    got = _shortened(repr(problem["input"]))
+    if problem["type"] == "model_type":
+        return f"{field}: a section with keys of its own is expected, got {got}{more}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{field}: {message}, got {got}{more}"
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    known = _keys_at(loc[:-1])
+    matches = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    if matches:
+        return f", did you mean {matches[0]}?"
+    return f"; known here: {', '.join(sorted(known))}" if known else ""
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in loc:
+        if isinstance(part, int) or not _is_section(section) or part not in section.model_fields:
+            continue  # an index into a list, or a name the person chose
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside `X | None`, `tuple[X, ...]` or `dict[str, X]`."""
+    if _is_section(annotation):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
