@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from contracts.records import Comparison, Prompt, Rollout
 from contracts.seeds import derive_seed
 from contracts.waiting import answer
 from feedback.formats import read_preferences, write_preferences
-from feedback.quality import Aggregate, comparisons, dawid_skene
-from feedback.simulate import Pair, simulate_votes
+from feedback.quality import Aggregate, dawid_skene
+from feedback.simulate import Pair, Vote, simulate_votes
+from feedback.store import DatasetQuery, Store
 from learner.rank import training_environment
 from learner.reward_model import RewardModelReport, train_reward_model
 
@@ -43,6 +45,10 @@ class Preferences:
     votes: int
     voters: dict[str, float]
     agreement_with_gold: float | None
+
+
+def _preference_file(run_dir: Path) -> Path:
+    return run_dir / "preferences.parquet"
 
 
 def trained_reward_model(run_dir: Path) -> Path:
@@ -65,7 +71,7 @@ async def prepare_reward_model(
         assert section.path is not None
         rows, dropped = read_preferences(section.path)
         preferences = Preferences(rows, dropped, len(rows) + sum(dropped.values()), 0, {}, None)
-    write_preferences(preferences.comparisons, config.output_dir / "preferences.parquet")
+        write_preferences(rows, _preference_file(config.output_dir))
     progress.phase(f"Training the reward model on {len(preferences.comparisons)} comparisons")
     report = await _train(config, preferences.comparisons, progress=progress)
     write_json(config.output_dir / "preferences.json", _record(preferences, report, section.simulate is not None))
@@ -94,15 +100,32 @@ async def _ask_simulated_panel(
         *(asyncio.to_thread(_gold, panel.gold, asked, rollouts) for rollouts in (both[::2], both[1::2]))
     )
     votes = simulate_votes(pairs, gold_a, gold_b, panel, seed=derive_seed(config.seed, "votes"))
-    aggregate = dawid_skene(votes)
-    kept, dropped = comparisons(pairs, aggregate)
+    found, aggregate = await asyncio.to_thread(_through_the_store, config.output_dir, pairs, votes, panel)
     agreement = _agreement(aggregate, pairs, gold_a, gold_b)
-    voters = len(aggregate.reliability)
     progress.note(
-        f"{len(votes)} votes from {voters} simulated voters (not people) on {len(pairs)} pairs: {len(kept)} "
-        f"comparisons, {agreement:.0%} of them as the hidden gold judge has it; dropped: {dropped or 'none'}"
+        f"{found.votes} votes from {len(found.voters)} simulated voters (not people) on {len(pairs)} pairs: "
+        f"{len(found.comparisons)} comparisons, {agreement:.0%} of them as the hidden gold judge has it; dropped: "
+        f"{found.dropped or 'none'}"
     )
-    return Preferences(kept, dropped, len(pairs), len(votes), dict(aggregate.reliability), agreement)
+    return replace(found, agreement_with_gold=agreement)
+
+
+def _through_the_store(
+    run_dir: Path, pairs: Sequence[Pair], votes: Sequence[Vote], panel: SimulatedVotes
+) -> tuple[Preferences, Aggregate]:
+    """The way of people's votes: tasks and judgments in a store, aggregated there, exported as a preference file."""
+    place = run_dir / "simulated_votes.sqlite"
+    for left in run_dir.glob(f"{place.name}*"):  # of an attempt that was killed, whose pairs were others
+        left.unlink()
+    with Store(place) as store:
+        asked = store.add_pairs(pairs, source="live", required_votes=panel.votes_per_pair, weights_version=0)
+        kept, _ = store.add_votes(votes)
+        query = DatasetQuery(store.aggregate("pair").aggregate_id)
+        exported = store.export_preferences("simulated", query, _preference_file(run_dir))
+        aggregate = dawid_skene(store.ballots("pair"))
+    rows, _ = read_preferences(_preference_file(run_dir))
+    dropped = Counter(asked.dropped) + Counter(exported.dropped)
+    return Preferences(rows, dict(dropped), len(pairs), kept, dict(aggregate.reliability), None), aggregate
 
 
 async def sample(
@@ -153,7 +176,7 @@ def _agreement(aggregate: Aggregate, pairs: Sequence[Pair], gold_a: Sequence[flo
     decided = [
         (aggregate.probability_a[pair.pair_id] > 0.5) == (a > b)
         for pair, a, b in zip(pairs, gold_a, gold_b, strict=True)
-        if a != b and aggregate.probability_a[pair.pair_id] != 0.5
+        if a != b and aggregate.probability_a.get(pair.pair_id, 0.5) != 0.5
     ]
     return sum(decided) / len(decided) if decided else 0.0
 

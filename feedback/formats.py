@@ -94,8 +94,8 @@ def read_preferences(path: Path | str, *, truncate: Truncate | None = None) -> t
         The comparisons, and how many rows were left out by reason: "identical" (responses equal but for outer
         white space), "identical after truncation" (what `truncate` leaves of them is), "empty" (a blank prompt or
         response), "different prompts" (the sides answer different dialogues), "no response" (a dialogue that does
-        not end with the assistant), "undecided" (probability 0.5). Comparisons and left-out rows add up to the rows
-        of the file.
+        not end with the assistant). Comparisons and left-out rows add up to the rows of the file. A probability of 0.5
+        stays: nobody knows which is better, and a soft target says so.
 
     Raises:
         ConfigError: a file that cannot be read, a missing column, a malformed row. The message begins with
@@ -317,7 +317,7 @@ def _unusable(comparison: Comparison, truncate: Truncate | None) -> str:
         return "identical"
     if truncate and truncate(comparison.chosen).strip() == truncate(comparison.rejected).strip():
         return "identical after truncation"
-    return "undecided" if comparison.probability == 0.5 else ""
+    return ""
 
 
 def _texts(row: Mapping[str, Any], where: str) -> tuple[str, str, str, str]:

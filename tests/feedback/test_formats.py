@@ -151,8 +151,8 @@ def test_unusable_rows_are_counted(tmp_path: Path):
         {"prompt": "p", "chosen": "x", "rejected": "y"},
     )
     kept, dropped = read_preferences(path)
-    assert len(kept) == 1
-    assert dropped == {"identical": 1, "empty": 2, "undecided": 1, "different prompts": 1, "no response": 1}
+    assert [row.probability for row in kept] == [0.5, 1.0]
+    assert dropped == {"identical": 1, "empty": 2, "different prompts": 1, "no response": 1}
 
 
 FINE = {"prompt": "p", "chosen": "x", "rejected": "y"}
