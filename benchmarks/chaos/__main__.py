@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--strikes", type=int, default=5, help="of each kind")
     parser.add_argument("--kinds", nargs="+", default=None, help="default: all")
     parser.add_argument("--quiet", action="store_true", help="strike nothing")
-    parser.add_argument("--judge-s", type=float, default=3.0)
+    parser.add_argument("--judge-s", type=float, default=8.0)
     parser.add_argument("--rewards", type=Path, help="JSON file to write the last rewards of each seed to")
     parser.add_argument("--against", type=Path, help="such a file of a quiet run")
     parser.add_argument("--keep", type=Path, help="folder to copy the run folders to")
@@ -109,20 +109,24 @@ def one_run(
         run.start()
         try:
             run.until(lambda: run.step >= 1, "first step", deadline_s=STARTED_S)
-            strike_all(run, kinds, arguments.strikes, random.Random(seed), took)
+            left = strike_all(run, kinds, arguments.strikes, random.Random(seed), took)
             run.until_end(deadline_s=STARTED_S)
         except Missed as missed:
             log = (folder / "driver.log").read_text(errors="replace").splitlines()[-15:]
             return [str(missed), *(f"the driver said: {line}" for line in log)], []
         problems = run.proof() if run.ended == 0 else [f"the run ended with status {run.ended}"]
+        if left:
+            problems.append(f"the steps ran out before {left} strikes: raise --judge-s")
         print(
             f"seed {seed}: {run.step} steps in {time.monotonic() - began:.0f} s, {len(problems)} problems", flush=True
         )
         return problems, [row["reward_mean"] for row in run.rows[-LAST_ROWS:]]
 
 
-def strike_all(run: object, kinds: list[str], strikes: int, lot: random.Random, took: dict[str, list[float]]) -> None:
+def strike_all(run: object, kinds: list[str], strikes: int, lot: random.Random, took: dict[str, list[float]]) -> int:
     """All strikes, each at a step drawn for it or, where the one before takes longer, right after that.
+
+    Returns how many there were no steps left for.
 
     Raises:
         Missed: one of them could not be done, was not noticed, or the run did not recover from it.
@@ -139,7 +143,7 @@ def strike_all(run: object, kinds: list[str], strikes: int, lot: random.Random, 
         while run.step < step:
             run.next_step(deadline_s=STARTED_S)
         if run.step > run.steps - QUIET_STEPS:
-            raise Missed(f"the steps ran out before {len(order) - number} of {len(order)} strikes: raise --judge-s")
+            return len(order) - number
         try:
             strike = KINDS[kind](run, lot)
         except Missed as missed:
@@ -160,6 +164,7 @@ def strike_all(run: object, kinds: list[str], strikes: int, lot: random.Random, 
         print(f"step {run.step}: {kind} ({strike.victim}), recovered after {seconds:.1f} s", file=sys.stderr)
         for process in let_go(run):
             print(f"left behind, stopped: {process}", file=sys.stderr)
+    return 0
 
 
 def compare(rewards: dict[int, list[float]], quiet: dict[int, list[float]]) -> None:
