@@ -40,6 +40,7 @@ def diagnose(folder: Path = Path("runs"), address: str | None = None) -> list[Fi
         software.check_torch(gpus),
         software.check_torchvision(),
         software.check_openmp(),
+        software.check_bytecode(),
         check_cores(len(os.sched_getaffinity(0))),
         check_memory(available_memory_gib()),
         check_disk(free_disk_gib(Path.cwd())),

@@ -119,3 +119,17 @@ def check_openmp() -> Finding:
             if file.name == "libiomp5.so" and Path(str(file.locate())).is_file():
                 return Finding("libiomp5", "ok", str(Path(str(file.locate())).resolve()))
     return Finding("libiomp5", "warn", "not installed", "pip install intel-openmp: generation is 15 to 30 % faster")
+
+
+def check_bytecode() -> Finding:
+    """vLLM and torch are compiled: else each of a run's processes compiles them anew, where Python may not keep it."""
+    for name in ("vllm", "torch"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin) if spec and spec.origin else None
+        if origin is None or Path(importlib.util.cache_from_source(str(origin))).is_file():
+            continue
+        if not sys.dont_write_bytecode and os.access(origin.parent, os.W_OK):
+            continue  # the first process does it for all
+        advice = f"as who owns it: {sys.executable} -m compileall -q {origin.parents[1]}"
+        return Finding("bytecode", "warn", f"{name} is not compiled: each process starts some seconds later", advice)
+    return Finding("bytecode", "ok", "compiled, or will be by the first process")

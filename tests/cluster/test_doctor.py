@@ -3,6 +3,7 @@
 import io
 import mmap
 import os
+import py_compile
 import subprocess
 import sys
 from collections import namedtuple
@@ -37,6 +38,20 @@ def test_diagnose_covers_every_topic(monkeypatch, tmp_path):
     names = {finding.name for finding in diagnose()}
     assert {"Python", "Ray", "vLLM", "torch", "torchvision", "libiomp5", "cores", "memory", "disk"} <= names
     assert {"/dev/shm", "open files", "Ray cluster file", "leftover weights", "Ray processes"} <= names
+
+
+@pytest.mark.parametrize(("compiled", "may_write", "status"), [(0, 0, "warn"), (0, 1, "ok"), (1, 0, "ok")])
+def test_packages_that_every_process_would_compile_are_named(monkeypatch, tmp_path, compiled, may_write, status):
+    origin = tmp_path / "vllm" / "__init__.py"
+    origin.parent.mkdir()
+    origin.touch()
+    if compiled:
+        py_compile.compile(str(origin))
+    monkeypatch.setattr(software.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(origin)))
+    monkeypatch.setattr(sys, "dont_write_bytecode", not may_write)
+    finding = software.check_bytecode()
+    assert finding.status == status
+    assert (f"compileall -q {tmp_path}" in finding.advice) == (status == "warn")
 
 
 def test_only_bad_findings_change_the_exit_status():
