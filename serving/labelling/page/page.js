@@ -4,7 +4,7 @@
 
 const CLIENT_VERSION = "page 1";
 const IDLE_MS = 30_000; // whoever did nothing for so long is not working on it
-const RETRY_MS = [500, 1500, 4000]; // a request that nobody answered is sent again, with the same key
+const RETRY_MS = [300, 900, 2000]; // a request that nobody answered is sent again, with the same key
 const REQUEST_MS = 90_000;
 const LOST = ["lease_expired", "lease_ended", "no_lease", "already_voted", "unknown_task"]; // codes: the task is gone
 
@@ -231,7 +231,7 @@ function showActions({ kind, scale }) {
     ...answers.map(([text, key, said, className]) => {
       const button = element("button", { type: "button", className, textContent: text });
       // a rating's number is its key: say it once
-      if (key && key !== text) button.append(element("kbd", { textContent: key }));
+      if (key && key !== text) button.append(element("kbd", { textContent: key, ariaHidden: "true" }));
       if (key) button.dataset.key = key;
       if (key) button.setAttribute("aria-keyshortcuts", key);
       button.addEventListener("click", () => vote(said));
