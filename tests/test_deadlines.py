@@ -42,6 +42,12 @@ WITHOUT = {
     "child_environment sets to start_timeout_s",
     "models/engine_together.py last_output: collector.get()": "the pool, as for _together",
     "models/vllm_weights.py watch: psutil.Process(owner_pid).wait()": "a thread that ends the core when its owner ends",
+    "serving/labelling/errors.py __call__: receive()": "Serve's proxy, which ends what a client left",
+    "serving/labelling/errors.py __call__: refusal(scope, receive, closed)": "Serve's proxy, for the same reason",
+    "serving/labelling/errors.py __call__: self._app(scope, read_already, closed)": "routes, each in Desk.ask",
+    "serving/labelling/errors.py __call__: self._app(scope, receive, send)": "the start and end of the app itself",
+    "serving/labelling/errors.py closed: send(message)": "Serve's proxy, which ends what a client left",
+    "serving/labelling/errors.py read_already: receive()": "Serve's proxy, which ends what a client left",
 }
 
 

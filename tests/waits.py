@@ -22,7 +22,7 @@ TIMEOUTS = {"timeout", "timeout_s", "deadline_s"}
 RETURNS_AT_ONCE = {
     *("ray.remote", "ray.method", "ray.put", "ray.kill", "ray.cancel", "ray.get_gpu_ids"),
     *("ray.util.get_node_ip_address", "ray.get_runtime_context", "serve.deployment", "serve.batch", "serve.RunTarget"),
-    "serve.get_replica_context",
+    *("serve.get_replica_context", "serve.ingress"),
 }
 OTHERS = {"ray", "serve", "llm", "_llm", "handle", "_handle", "remote"}  # whoever is asked by way of these
 NETWORK = {"subprocess", "socket", "requests", "httpx", "urllib", "urlopen"}

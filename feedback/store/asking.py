@@ -261,6 +261,16 @@ def live_lease(connection: Connection, lease_id: str, annotator_id: int, *, now:
     return row
 
 
+def shown_left(connection: Connection, annotator_id: int, lease_id: str) -> Any:
+    """Which response a lease shows or showed on the left; it may have ended."""
+    row = connection.execute(
+        select(leases.c.shown_left).where(leases.c.id == lease_id, leases.c.annotator_id == annotator_id)
+    ).one_or_none()
+    if row is None:
+        raise Refused("no_lease", f"annotator {annotator_id} holds no lease {lease_id!r:.40}")
+    return row.shown_left
+
+
 def renew(connection: Connection, annotator_id: int, lease_id: str, *, now: float, lease_s: float) -> float:
     """The new deadline of a lease that still holds."""
     check_lease_s(lease_s)

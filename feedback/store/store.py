@@ -180,6 +180,10 @@ class Store:
             )
         )  # fmt: skip
 
+    def shown_left(self, annotator_id: int, lease_id: str) -> Literal["a", "b"] | None:
+        """What was on the left under a lease, also one that ended; None where there was but one response."""
+        return self._read(lambda connection: asking.shown_left(connection, annotator_id, lease_id))
+
     def renew(self, annotator_id: int, lease_id: str, *, lease_s: float = 900.0) -> float:
         """The lease's new deadline."""
         return self._write(
