@@ -21,7 +21,9 @@ from tests.nodes import prepare
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="hrb-", dir=os.environ.get("RAY_TMPDIR"), ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="hrb-", dir=os.environ.get("RAY_TMPDIR"), ignore_cleanup_errors=True
+    ) as name:
         folder = Path(name)
         prepare(folder)  # before anything imports Ray
         root = str(Path(__file__).parents[2])

@@ -31,7 +31,7 @@ _LISTS = (
 )
 
 
-class FakeNodes(FakeMultiNodeProvider):  # type: ignore[misc]
+class FakeNodes(FakeMultiNodeProvider):
     """Ray's own, which passes a node's memory on where no custom resource may stand."""
 
     def _create_node_with_resources_and_labels(

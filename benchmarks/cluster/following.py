@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,19 +25,19 @@ IDLE_S = 6.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-workers", type=int, default=4)
     parser.add_argument("--slow-steps", type=int, default=15, help="in the first and in the last phase")
-    parser.add_argument("--fast-steps", type=int, default=70, help="in the second")
+    parser.add_argument("--fast-steps", type=int, default=80, help="in the second")
     parser.add_argument("--slow-s", type=float, default=8.8, help="a step of the learner in the slow phases")
     parser.add_argument("--fast-s", type=float, default=2.2, help="a step in the fast one")
     parser.add_argument("--response-s", type=float, default=2.0, help="mean of a response in a place of an engine")
     parser.add_argument("--start-s", type=float, default=8.0, help="an engine's start, beside its process and node")
-    parser.add_argument("--interval-s", type=float, default=10.0, help="between two decisions, at least")
+    parser.add_argument("--interval-s", type=float, default=5.0, help="between two decisions, at least")
     parser.add_argument("--constant", type=int, nargs="*", default=[1, 2, 3, 4], help="numbers to compare with")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     with autoscaled_head(folder, max_nodes=arguments.max_workers, idle_s=IDLE_S) as address:
         variables = pace(response_s=arguments.response_s, start_s=arguments.start_s)
-        ray.init(address, log_to_driver=False, runtime_env={"env_vars": variables})
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
         try:
             plans, told, node_s = asyncio.run(_all(arguments, folder))
         finally:

@@ -100,6 +100,7 @@ async def run(plan: Paced, folder: Path, told: Told, *, started: asyncio.Barrier
             await job.pool.start()
             await started.wait()
             job.pool.begun = now()
+            told.events.clear()
             if plan.max_workers is not None:
                 job.scaling = Scaling(job, job.config.rollout.autoscale)
             background = [
@@ -147,7 +148,7 @@ def _job(plan: Paced, folder: Path, told: Told, tasks: asyncio.TaskGroup) -> Any
         told.trained.update(sample.rollout.trajectory_id for sample in batch)
 
     pool.on_change = job.log.event = changed
-    pool.on_update = lambda: tasks.create_task(job.notify())  # type: ignore[assignment, return-value]
+    pool.on_update = lambda: tasks.create_task(job.notify())  # type: ignore[assignment]
     job.log.experience = experience
     job.log.metrics = lambda row: told.rows.append(dict(row))
     return job

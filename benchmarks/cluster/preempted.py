@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import tempfile
 import threading
 import time
@@ -37,7 +38,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> int:
         for _ in range(WORKERS):
             cluster.add(num_cpus=1, resources={"rollout": 1.0})
         variables = pace(response_s=arguments.response_s, start_s=arguments.start_s)
-        ray.init(cluster.address, log_to_driver=False, runtime_env={"env_vars": variables})
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
         rate = WORKERS * PLACES / arguments.response_s
         steps = round(arguments.minutes * 60 * rate / BATCH)
         plans = [
@@ -57,7 +58,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> int:
             ray.shutdown()
     finally:
         cluster.shutdown()
-    return _print(arguments, *told, strikes)
+    return _print(arguments, told[0], told[1], strikes)
 
 
 async def _both(plans: list[Paced], told: list[Told], folder: Path, begun: threading.Event) -> None:
@@ -131,6 +132,8 @@ def _print(arguments: argparse.Namespace, quiet: Told, struck: Told, strikes: in
         problems += [f"{name}: {problem}" for problem in problems_of(told, expected)]
     print(f"\nThroughput of the quiet run: {quiet.seconds / struck.seconds:.1%}")
     kinds = Counter(event.event for _, event in struck.events if event.who.startswith("rollout"))
-    print(f"Events of the struck run's workers: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}")
+    print(
+        f"Events of the struck run's workers: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
+    )
     print("\n".join(f"- {problem}" for problem in problems) or "Every trajectory that was issued was trained on, once.")
     return 1 if problems else 0
