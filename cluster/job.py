@@ -53,6 +53,7 @@ class Job:
     expired_in_a_row: int = 0
     dropped_in_a_row: int = 0
     last_checkpoint: Checkpoint | None = None
+    sampled: bool = False  # whether a training response has come
     checkpoint_overdue: bool = False  # the disk had no room for it: tried again after each step
     resumption: Resumption | None = None  # None: a fresh run
     standing: dict[str, Any] = field(default_factory=dict)  # when the newest batch was chosen, or at the start

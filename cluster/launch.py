@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.applications import delete_applications
+from actors.placement import missing
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.capacity import check_capacity, local_cpus
@@ -102,6 +104,8 @@ def learner_group(
         on_event(event)
         if event.event == "death":
             progress.warn(f"{event.who} {event.cause}; {event.consequence}")
+        elif event.event == "pending":
+            progress.note(f"{event.who} {event.cause}; {event.consequence}")
 
     settings = LearnerSettings(
         model_path=model_path,
@@ -125,6 +129,7 @@ def learner_group(
         on_change=learner_changed,
         snapshot=saved.state.resolve() if saved else None,
         step=saved.step if saved else 0,
+        missing=partial(missing, deadline_s=config.deadlines.nodes_s),
     )
 
 

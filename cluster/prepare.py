@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
+import psutil
 from transformers import AutoTokenizer
 
 from actors.pool import RolloutPool
@@ -75,6 +76,7 @@ async def prepare(
     log.on_row = trackers.write
     stack.callback(setattr, stopping, "on_signal", stopping.on_signal)
     stopping.on_signal = lambda name, consequence: log.event(Event("signal", "the run", name, consequence))
+    tell_phases(log, progress, stack)
     started = f"weights version {saved.step}" if saved else f"{config.steps} steps of {config.model.path}"
     log.event(Event("start", "the run", "resume=true" if saved else "", started))
     run_id = launch.new_run_id()
@@ -102,6 +104,7 @@ async def prepare(
     stack.push_async_callback(pool.stop)
     progress.phase(f"Starting {config.rollout.num_workers} rollout actor(s), the learner and the reference model")
     learner = launch.learner_group(config, base_path, saved, log.logged, progress, weights_key=key, on_event=log.event)
+    stack.callback(learner.stop)
     pool.keyframes_from(learner.keyframe)
     progress.waiting("models to load")
     reference, parameters, _ = await asyncio.gather(
@@ -158,6 +161,15 @@ async def prepare(
         job.scaling = Scaling(job, config.rollout.autoscale)
     stack.callback(asyncio.create_task(watch(job, measured)).cancel)
     return job
+
+
+def tell_phases(log: RunLog, progress: Progress, stack: AsyncExitStack) -> None:
+    """From now on every phase is an event; those before there was a log, from the command's begin, are told late."""
+    log.event(Event("phase", "the run", "", "The command"), at=psutil.Process().create_time())
+    for at, text in progress.phases:
+        log.event(Event("phase", "the run", "", text), at=at)
+    stack.callback(setattr, progress, "on_phase", progress.on_phase)
+    progress.on_phase = lambda text: log.event(Event("phase", "the run", "", text))
 
 
 def policy_to_start_from(

@@ -69,6 +69,8 @@ class Progress:
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
         self._live: Live | None = None
+        self.phases: list[tuple[float, str]] = []  # Unix seconds at which each began
+        self.on_phase: Callable[[str], None] = lambda text: None
 
     def __enter__(self) -> Self:
         self._ended.clear()
@@ -104,6 +106,8 @@ class Progress:
         if text == last.phase:
             return
         self._change(phase=text, phase_since=now)
+        self.phases.append((time.time(), text))
+        self.on_phase(text)
         if self._live is None:
             self._print(text)
         elif last.phase:  # the display shows only the newest phase, so the finished one becomes a line above it

@@ -77,9 +77,14 @@ class RunLog:
         self._quarantine.keep(row | {"response": response, "schema_version": SCHEMA_VERSION})
         self.event(Event("quarantine", trajectory_id, reason, "it is not trained on"))
 
-    def event(self, event: Event) -> None:
-        """Append one event with the time and the last finished step, in one write."""
-        row = {"time": time.time(), **asdict(event), "step": self._step, "schema_version": SCHEMA_VERSION}
+    def event(self, event: Event, *, at: float | None = None) -> None:
+        """Append one event with the time (default: now) and the last finished step, in one write."""
+        row = {
+            "time": time.time() if at is None else at,
+            **asdict(event),
+            "step": self._step,
+            "schema_version": SCHEMA_VERSION,
+        }
         self._events.keep(row)
         self.on_event(event)
 

@@ -33,6 +33,7 @@ from cluster.run_log import write_json
 from cluster.samples import admit, finish_group, request_for
 from contracts.clock import now
 from contracts.config import Config
+from contracts.events import Event
 from contracts.records import ScoredRollout
 from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer
@@ -125,6 +126,9 @@ async def collect_sample(job: Job, lease: Lease, worker: Worker, trajectory_id: 
     except BadRollout as bad:
         await recover.quarantine(job, lease, trajectory_id, reason=str(bad))
         return None
+    if not job.sampled:
+        job.sampled = True
+        job.log.event(Event("phase", rollout.actor_id, "", "The first training response"))
     await job.notify()
     try:
         with job.scoring:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 EventKind = Literal[
+    "phase",  # the run turns to something else, or comes to its first response
     "start",  # a part of the run is up
     "restart",  # another one is up in the place of one that died
     "start_failed",  # it did not come up

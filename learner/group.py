@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from contracts.events import Event, EventKind, first_line
 from contracts.records import ScoredRollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from contracts.workers import LearnerConfig
+from learner.places import Missing, Places
 from learner.publish import WeightsRefs
 from learner.rank import LearnerRank, LearnerSettings, training_environment
 
@@ -51,7 +52,8 @@ class LearnerGroup:
 
     Args:
         logged: the batch that step N trained on, from the experience log.
-        on_change: told when a rank is lost, and when the learner goes on.
+        on_change: told when a rank is lost, when the learner goes on, and when no node has room for it.
+        missing: says what ranks that have no node wait for.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LearnerGroup:
         on_change: Callable[[Event], None],
         snapshot: Path | None = None,
         step: int = 0,
+        missing: Missing | None = None,
     ) -> None:
         self._settings, self._workers, self._deadlines = settings, workers, deadlines
         self._logged, self._on_change = logged, on_change
@@ -72,6 +75,7 @@ class LearnerGroup:
         self._published = step
         self._from_checkpoint = snapshot is not None  # what engines hold as the published version
         self._whole = asyncio.Event()  # rank 0 holds the published version
+        self._places = Places(workers, deadlines, who="the learner", missing=missing or _asked_for)
         self._ranks: list[Any] = []
         self._nodes: list[tuple[str, str]] = []  # address and id of the ranks', as far as they have said
 
@@ -163,10 +167,11 @@ class LearnerGroup:
         await self._repairing("node", (), "start elsewhere", self._deadlines.start_s, moved=cause)
 
     def stop(self) -> None:
-        """End the ranks."""
+        """End the ranks, and give their places back."""
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks, self._nodes = [], []
+        self._places.give_back()
 
     def checkpointed(self, step: int, state: Path) -> None:
         """The checkpoint of `step` is whole and lies at `state`: from now on the group repairs itself from there."""
@@ -174,12 +179,14 @@ class LearnerGroup:
 
     async def _start(self) -> int:
         size = self._workers.num_ranks
+        await self._places.reserve(self._on_change)
         self._ranks = [
             LearnerRank.options(  # type: ignore[attr-defined]
                 num_cpus=self._workers.num_cpus,
                 num_gpus=self._workers.num_gpus,
                 resources=self._workers.resources,
                 runtime_env={"env_vars": training_environment()},
+                **self._places.options(rank),
             ).remote(self._settings, self._workers, rank, self._deadlines.rank_s)
             for rank in range(size)
         ]
@@ -344,6 +351,10 @@ class LearnerGroup:
 
     def _name(self, number: int) -> str:
         return "the learner" if self._workers.num_ranks == 1 else f"learner rank {number} of {self._workers.num_ranks}"
+
+
+async def _asked_for(asked: Mapping[str, float]) -> str:
+    return f"waits for {', '.join(f'{amount:g} {name}' for name, amount in sorted(asked.items()))} on a node"
 
 
 def _is_lost(error: BaseException | None) -> bool:

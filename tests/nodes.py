@@ -39,13 +39,14 @@ def prepare(folder: Path) -> None:
 class NodeCluster:
     """A head that stays, and nodes. Killing one is killing its raylet: what runs there dies with it."""
 
-    def __init__(self, *, head_cpus: int) -> None:
+    def __init__(self, *, head_cpus: int, head_resources: dict[str, float] | None = None) -> None:
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
                 "num_cpus": head_cpus,
+                "resources": head_resources or {},
                 "object_store_memory": _STORE_BYTES,
                 "include_dashboard": False,
                 "node_ip_address": "127.0.0.1",

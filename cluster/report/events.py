@@ -11,7 +11,7 @@ from itertools import groupby
 from cluster.progress import duration
 from cluster.report.run_files import Row, value
 
-_COMMON = {"rollover"}  # one for each engine and version: counted, not shown
+_COMMON = {"phase", "rollover"}  # of every run, one for each engine and version: counted, not shown
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,9 @@ def test_the_event_log_tells_both_lives_of_the_run(finished: Finished) -> None:
         frozenset(["time", "event", "who", "cause", "consequence", "node", "step", "schema_version"])
     }
     kinds = [event["event"] for event in events]
-    quiet = [kind for kind in kinds if kind not in ("rollover", "checkpoint", "quarantine")]
+    phases = [event["consequence"] for event in events if event["event"] == "phase"]
+    assert phases.count("The command") == phases.count("The first training response") == 2  # one each life
+    quiet = [kind for kind in kinds if kind not in ("phase", "rollover", "checkpoint", "quarantine")]
     starts = ["start"] * 5  # the run, its rollout actor, learner, reference model, reward component; in any order
     assert quiet == [*starts, "signal", "end", *starts, "resume", "death", "restart", "end"]
     by_kind = {kind: [event for event in events if event["event"] == kind] for kind in set(kinds)}
