@@ -12,9 +12,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from contracts.clock import now
-from contracts.config import DeadlinesConfig, LearnerConfig
+from contracts.config import DeadlinesConfig
 from contracts.events import Event
 from contracts.waiting import NoAnswer, answer
+from contracts.workers import LearnerConfig
 
 _SLACK = 1e-6  # shares of a GPU do not add up exactly
 _LOOK_AGAIN_S = 1
