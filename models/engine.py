@@ -212,14 +212,11 @@ class Engine:
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        await self._accepting.wait()
-        self._raise_if_broken()
+        salt = await self.accepting()
         request = SamplingRequest(request_id, prompt_tokens, max_tokens, temperature, seed, stop_token_ids)
         params = request.params()
         with self._adapters.newest() if self._adapters else nullcontext() as adapter:
-            # The salt keeps prefixes cached before an exchange apart. A version would not do: its requests go on
-            # under the next one's weights and cache that mixture, and a rollback serves it again.
-            prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=f"exchange-{self._num_exchanges}")
+            prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=salt)
             running = asyncio.ensure_future(self._final_output(prompt, params, request_id, adapter))
             self._running.add(running)
             running.add_done_callback(self._running.discard)
@@ -228,8 +225,7 @@ class Engine:
             except VLLMValidationError as error:
                 raise ValueError(str(error)) from error
             except EngineDeadError as error:
-                self._break(f"its core died: {error}")
-                raise WeightsError(f"engine is broken: {self.broken}") from error
+                raise self.died(error) from error
             except asyncio.CancelledError:
                 if self.broken and running.cancelled():
                     raise WeightsError(f"engine is broken: {self.broken}") from None
@@ -261,8 +257,7 @@ class Engine:
                 waiting = [each for each in added if not isinstance(each, ValueError)]
                 outputs = iter(await self._together(waiting))
             except EngineDeadError as error:
-                self._break(f"its core died: {error}")
-                raise WeightsError(f"engine is broken: {self.broken}") from error
+                raise self.died(error) from error
             return [each if isinstance(each, ValueError) else _generation(next(outputs), adapter) for each in added]
 
     @property
@@ -350,6 +345,28 @@ class Engine:
         expires = time.monotonic() + deadline_s
         return await self._finished(self._update_adapter(self._adapters, version, adapter, expires))
 
+    @property
+    def llm(self) -> AsyncLLM:
+        """For vLLM's own request handlers, which have to ask `accepting` first."""
+        return self._llm
+
+    async def accepting(self) -> str:
+        """Wait for as long as weights are exchanged; the salt for the prompt of a request that begins now.
+
+        It keeps prefixes cached before an exchange apart. A version would not do: its requests go on under the
+        next one's weights and cache that mixture, and a rollback serves it again.
+
+        Raises WeightsError once the engine is broken.
+        """
+        await self._accepting.wait()
+        self._raise_if_broken()
+        return f"exchange-{self._num_exchanges}"
+
+    def died(self, error: BaseException) -> WeightsError:
+        """Remember that the core has died of `error`; what to raise instead."""
+        self._break(f"its core died: {error}")
+        return WeightsError(f"engine is broken: {self.broken}")
+
     def num_running(self) -> int:
         """Requests not finished yet, waiting ones included."""
         return len(self._running)
@@ -365,8 +382,7 @@ class Engine:
         try:
             await self._answer(self._llm.get_weight_version(), "get_weight_version", math.inf)
         except EngineDeadError as error:
-            self._break(f"its core died: {error}")
-            raise WeightsError(f"engine is broken: {self.broken}") from error
+            raise self.died(error) from error
 
     def core_computed_s(self) -> float:
         """CPU seconds that the engine core and its workers have used."""
