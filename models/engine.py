@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -278,12 +278,14 @@ class Engine:
         *,
         deadline_s: float,
         clear_cache: bool = True,
+        exchange_in: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> UpdateTimes:
         """Write new weights to the shadow while generation goes on, then exchange all weights.
 
         `write` gets `shadow_tensors` in a thread and must leave the weights of `version` there.
         Running requests are kept and go on under the new weights; with `clear_cache` their cached
         states are computed anew, else the old ones are kept. New requests never meet old ones.
+        The exchange takes place inside `exchange_in()`, which may wait for requests to finish.
 
         Waits for a running update, `write`, the pause and the workers, `deadline_s` in all, and is
         not cut short by cancellation; `write` cannot be, and nothing is paused if it takes longer.
@@ -297,7 +299,7 @@ class Engine:
         self._raise_if_broken()
         shadow = self.shadow_tensors
         expires = time.monotonic() + deadline_s
-        return await self._finished(self._update(version, shadow, write, expires, clear_cache))
+        return await self._finished(self._update(version, shadow, write, expires, clear_cache, exchange_in))
 
     async def load_weights(
         self,
@@ -468,6 +470,7 @@ class Engine:
         write: Callable[[Mapping[str, Tensor]], object],
         expires: float,
         clear_cache: bool,
+        exchange_in: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> UpdateTimes:
         async with self._update_lock:
             self._raise_if_broken()
@@ -481,12 +484,13 @@ class Engine:
             if written > expires:
                 late = f"weights {version} not loaded: written {written - expires:.1f} s after the deadline"
                 raise WeightsError(f"{late} (still serving version {self.version})")
-            self._accepting.clear()
-            self._num_exchanges += 1
-            try:
-                pause_s, load_s, resume_s = await self._exchange(version, expires, clear_cache)
-            finally:
-                self._accepting.set()
+            async with exchange_in():
+                self._accepting.clear()
+                self._num_exchanges += 1
+                try:
+                    pause_s, load_s, resume_s = await self._exchange(version, expires, clear_cache)
+                finally:
+                    self._accepting.set()
             return UpdateTimes(written - began, pause_s, load_s, resume_s)
 
     async def _exchange(self, version: int, expires: float, clear_cache: bool) -> tuple[float, float, float]:

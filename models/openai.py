@@ -73,7 +73,7 @@ class OpenAIHandlers:
         """
         salt = await self._engine.accepting()
         created = await self._created(kind, {**body, "model": None, "request_id": answer_id, "cache_salt": salt})
-        theirs = f'{{"id":"{_PREFIX[kind]}{answer_id}"'
+        theirs = f'{{"id":{json.dumps(_PREFIX[kind] + answer_id)}'
         if isinstance(created, str):
             version = self._engine.version
             return Answer(version, _parts(_named(created, theirs, answer_id, version)))
@@ -82,10 +82,13 @@ class OpenAIHandlers:
         ours = _named(theirs, theirs, answer_id, version).decode()
         return Answer(version, _events(first, created, f"data: {theirs}", f"data: {ours}".encode()))
 
-    async def abort(self, kind: Kind, answer_id: str) -> None:
+    async def abort(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> None:
         """End an answer now: what it has so far is all of it, and its finish_reason is "abort"."""
         request_id = f"{_PREFIX[kind]}{answer_id}"
-        await self._engine.llm.abort(request_id if kind == "chat" else f"{request_id}-0")
+        prompts = body["prompt"] if kind == "completion" else ""
+        several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+        parts = [f"{request_id}-{index}" for index in range(len(prompts) if several else 1)]
+        await self._engine.llm.abort([request_id] if kind == "chat" else parts)
 
     async def _created(self, kind: Kind, body: dict[str, Any]) -> AsyncGenerator[str, None] | str:
         """What vLLM's handler gives: a stream of events, or a JSON document."""

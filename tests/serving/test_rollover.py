@@ -1,7 +1,6 @@
 """Who may begin while weights are exchanged, and what becomes of those that run: no Ray, no engine."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
@@ -48,9 +47,8 @@ class Replica:
 
 
 @pytest.fixture(autouse=True)
-def short_ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollover, "_ENDING_S", 0.1)
-    yield
 
 
 async def test_each_answer_is_of_one_version_while_versions_roll_over() -> None:
