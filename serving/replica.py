@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -115,7 +116,9 @@ class PolicyReplica:
     async def _answered(self, request: PolicyRequest, running: _Running, expires: float) -> AsyncIterator[Head | bytes]:
         try:
             async with asyncio.timeout_at(expires) as deadline:
-                answered = await self._handlers.answer(request.kind, request.body, answer_id=request.answer_id)
+                answered = await self._handlers.answer(
+                    request.kind, self._bounded(request), answer_id=request.answer_id
+                )
         except (TimeoutError, Refused) as error:
             # vLLM answers what was cancelled with an error of its own.
             refused = isinstance(error, Refused) and not deadline.expired()
@@ -226,13 +229,19 @@ class PolicyReplica:
         consequence = f"serves version {order.version}, held requests for {times.held_s:.2f} s"
         self._tell(Event("rollover", self._name, f"{len(updates)} updates from {KEEPER}", consequence))
 
+    def _bounded(self, request: PolicyRequest) -> dict[str, Any]:
+        """Without a limit of its own an answer has ours; vLLM lowers it to what fits behind the prompt."""
+        if request.body.get("max_tokens") is None and request.body.get("max_completion_tokens") is None:
+            return {**request.body, "max_tokens": self._settings.config.limits.max_response_tokens}
+        return request.body
+
     def _elsewhere(self) -> Head:
         return Head(503, self._engine.version, self._name, draining=True)
 
     def _late(self, request: PolicyRequest) -> Head:
         message = f"No token within {request.deadline_s:g} s: the server is busy. Ask again later, or for less."
         error = {"message": message, "type": "timeout_error", "param": None, "code": "timeout"}
-        return Head(408, self._engine.version, self._name, error=error)
+        return Head(503, self._engine.version, self._name, error=error)
 
     def _tell(self, event: Event) -> None:
         _log.log(logging.INFO if event.event == "rollover" else logging.WARNING, "%s", event)

@@ -165,7 +165,7 @@ def rig(ray_session: Processes, tmp_path_factory: pytest.TempPathFactory, run: R
 
 
 def chat(**settings: Any) -> dict[str, Any]:
-    return {"messages": CHAT, "temperature": 0, "max_tokens": 16, **settings}
+    return {"messages": CHAT, "seed": 5, "max_tokens": 16, "ignore_eos": True, **settings}
 
 
 def test_it_takes_requests_only_at_the_version_that_it_is_told_at_its_start(rig: Rig) -> None:
@@ -189,10 +189,10 @@ def test_a_streamed_answer_is_the_whole_one_in_parts(rig: Rig) -> None:
     (document,) = whole.objects
     assert document["id"] == 'odd "id'
     assert streamed.text == document["choices"][0]["message"]["content"]
-    assert streamed.objects[-1]["usage"] == {"prompt_tokens": 21, "completion_tokens": 16, "total_tokens": 37} | {
-        "prompt_tokens": document["usage"]["prompt_tokens"],
-        "total_tokens": document["usage"]["total_tokens"],
-    }
+    assert len(streamed.text) > 10
+    usage = streamed.objects[-1]["usage"]
+    assert usage["completion_tokens"] == 16
+    assert usage.items() <= document["usage"].items()
 
 
 def test_completions_with_choices_seeds_and_logprobs(rig: Rig) -> None:
@@ -214,7 +214,7 @@ def test_completions_with_choices_seeds_and_logprobs(rig: Rig) -> None:
         ({"prompt": "a", "max_tokens": 5, "logprobs": 10_000}, "logprobs"),
         ({"prompt": "a", "max_tokens": 5, "logprobs": 10_000, "stream": True}, "logprobs"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": []}, "messages"),
+        ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "user", "content": "mill " * 400}]}, "256"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -229,12 +229,12 @@ def test_what_the_model_cannot_take_is_refused_in_the_openai_shape(rig: Rig, bod
 
 
 def test_an_answer_that_takes_too_long_ends_with_what_it_has(rig: Rig) -> None:
-    spoken = rig.run(rig.ask(chat(stream=True, max_tokens=LONG, ignore_eos=True), deadline_s=0.4))
+    spoken = rig.run(rig.ask(chat(stream=True, max_tokens=LONG), deadline_s=0.4))
     assert spoken.done
     assert spoken.objects[-1]["choices"][0]["finish_reason"] == "abort"
     assert 1 < len(spoken.objects) < LONG
-    late = rig.run(rig.ask(chat(max_tokens=LONG, ignore_eos=True), deadline_s=0.2))
-    assert late.head.status == 408
+    late = rig.run(rig.ask(chat(max_tokens=LONG), deadline_s=0.2))
+    assert late.head.status == 503
     assert late.head.error is not None
     assert "0.2 s" in late.head.error["message"]
 
@@ -247,7 +247,7 @@ def test_each_answer_is_of_one_version_while_others_arrive(rig: Rig) -> None:
 
         async def keep_asking(number: int) -> None:
             while not stop.is_set():
-                body = chat(stream=number % 2 == 0, temperature=1.0, max_tokens=20, ignore_eos=True)
+                body = chat(stream=number % 2 == 0, seed=number)
                 spoken.append(await rig.ask(body, answer_id=f"answer-{number}"))
 
         asking = [asyncio.create_task(keep_asking(number)) for number in range(6)]
@@ -271,7 +271,7 @@ def test_each_answer_is_of_one_version_while_others_arrive(rig: Rig) -> None:
 
 def test_a_draining_replica_that_is_not_alone_sends_requests_elsewhere(rig: Rig) -> None:
     async def scenario() -> tuple[Spoken, list[Spoken], tuple[int, str], Spoken]:
-        long = asyncio.create_task(rig.ask(chat(stream=True, max_tokens=LONG, ignore_eos=True)))
+        long = asyncio.create_task(rig.ask(chat(stream=True, max_tokens=LONG)))
         await asyncio.sleep(0.1)
         giving = asyncio.ensure_future(_call(rig.keeper.give, rig.order(rig.to_2, alone=False)))
         asked = []
@@ -294,12 +294,12 @@ def test_a_cancelled_request_frees_its_place(rig: Rig) -> None:
     """The next exchange would wait for it to finish."""
 
     async def scenario() -> tuple[int, float]:
-        streams = [rig.stream(chat(stream=True, max_tokens=LONG, ignore_eos=True)) for _ in range(16)]
+        streams = [rig.stream(chat(stream=True, max_tokens=LONG)) for _ in range(16)]
         for stream in streams:
             assert (await anext(stream)).status == 200
             await stream.aclose()
         began = asyncio.get_running_loop().time()
-        outcome = await rig.give(rig.order(rig.to_1))  # refused: it came already. No, a keyframe is taken
+        outcome = await rig.give(rig.order(rig.to_1))
         return outcome[0], asyncio.get_running_loop().time() - began
 
     version, took_s = rig.run(scenario())
