@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 
 from contracts.serving import ServingConfig
+from serving import administering, completing, judging
+from serving.desk import Desk, Scorer
+from serving.door import Door
+from serving.protocol import ApiError, refusal
 
-# A component of the reward: (messages, response) -> (score, version). Raises ValueError for what it cannot score.
-Scorer = Callable[[list[dict[str, str]], str], Awaitable[tuple[float, str]]]
 
-
+@serve.ingress()
 class Ingress:
     """The deployment that callers reach: one replica, `max_ongoing_requests` large, since it bounds its own queue.
 
@@ -29,6 +38,10 @@ class Ingress:
         versions: of the deployment `versions` (`VersionKeeper`).
         pinned: by version, those of the deployments `pinned-VERSION`.
         scorers: by name, the weight of each component of the reward and a picklable function that asks it.
+
+    Raises:
+        ConfigError: keys that cannot be read.
+        Refused: a feedback store that cannot be opened.
     """
 
     def __init__(
@@ -40,4 +53,48 @@ class Ingress:
         pinned: Mapping[int, DeploymentHandle] | None = None,
         scorers: Mapping[str, tuple[float, Scorer]] | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._desk = Desk(config, folder, live, versions, pinned or {}, scorers or {})
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._desk)
+
+
+def build_app(desk: Desk) -> FastAPI:
+    """All routes over one desk."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(desk.watch_versions())
+        yield
+        watch.cancel()
+        desk.store.close()
+
+    app = FastAPI(title="Headrace", version="1", lifespan=lifespan)
+    app.state.desk = desk
+    for module in (completing, judging, administering):
+        app.include_router(module.router)
+    app.add_middleware(
+        Door,
+        keys=desk.keys,
+        requests=desk.requests,
+        max_body_bytes=desk.config.limits.max_body_bytes,
+        meters=desk.meters,
+    )
+
+    @app.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse({"error": error.error}, error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return await known(request, refusal(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        said = {404: "there is no such path", 405: f"{request.method} is not for this path"}
+        message = f"{said.get(error.status_code, str(error.detail))}: {request.url.path:.200}"
+        answer = await known(request, ApiError(error.status_code, message))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    return app

@@ -16,7 +16,8 @@ LIVE = "live"  # the slot of the replicas that follow training; `pinned-7` is th
 class PolicyRequest:
     """One request to a replica; `body` is an OpenAI request that the ingress has checked.
 
-    `answer_id` names the answer in the API. The replica gives up `deadline_s` after it has the request.
+    `answer_id` names the answer in the API. Without `max_tokens` in the body the replica writes what fits, at most
+    `limits.max_response_tokens`. The replica gives up `deadline_s` after it has the request.
     """
 
     kind: Literal["chat", "completion"]
