@@ -71,6 +71,26 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
+def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Serve a policy through an OpenAI-compatible API: serving.model, or the newest checkpoint, or model.path.
+
+    Ctrl-C or SIGTERM finishes the answers that are being written and ends; a second Ctrl-C ends at once.
+    """
+    settings = configuration.load(config, overrides or ())
+    if settings.ray.address is None:
+        stay_on_loopback()
+    from cluster.serve_command import check_serving, serve_policy  # imports are slow, and `--help` should not be
+
+    job = check_serving(settings)
+    from cluster.progress import Progress
+
+    with Progress(0) as progress:
+        _, received = run_until_signal(lambda stopping: serve_policy(job, progress, stopping))
+    if received is not None:
+        raise SystemExit(128 + received)
+
+
+@app.command()
 def doctor(
     folder: Annotated[
         Path,

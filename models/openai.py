@@ -42,9 +42,12 @@ class Answer:
 
 
 class OpenAIHandlers:
-    """Answers OpenAI requests with `engine`, which calls itself `name` in them; on the engine's event loop."""
+    """Answers OpenAI requests with `engine`, which calls itself `name` in them; on the engine's event loop.
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    Without `max_tokens` a request gets what fits behind its prompt, and none gets more than `most_tokens`.
+    """
+
+    def __init__(self, engine: Engine, name: str, *, most_tokens: int) -> None:
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
         from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -60,6 +63,7 @@ class OpenAIHandlers:
         self._engine = engine
         self._chat = OpenAIServingChat(llm, models, "assistant", **ours, **template)
         self._completion = OpenAIServingCompletion(llm, models, **ours)
+        self._chat.override_max_tokens = self._completion.override_max_tokens = most_tokens
 
     async def answer(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> Answer:
         """Begin an answer and wait, without a deadline, for its first token, or for all of it if it is not streamed.
@@ -72,15 +76,17 @@ class OpenAIHandlers:
             WeightsError: the engine is broken.
         """
         salt = await self._engine.accepting()
-        created = await self._created(kind, {**body, "model": None, "request_id": answer_id, "cache_salt": salt})
+        ours = {"model": None, "request_id": answer_id, "cache_salt": salt}
+        # vLLM's own default is 16 for completions.
+        created = await self._created(kind, {"max_tokens": None, **body, **ours})
         theirs = f'{{"id":{json.dumps(_PREFIX[kind] + answer_id)}'
         if isinstance(created, str):
             version = self._engine.version
             return Answer(version, _parts(_named(created, theirs, answer_id, version)))
         first = await self._first(created)
         version = self._engine.version
-        ours = _named(theirs, theirs, answer_id, version).decode()
-        return Answer(version, _events(first, created, f"data: {theirs}", f"data: {ours}".encode()))
+        named = b"data: " + _named(theirs, theirs, answer_id, version)
+        return Answer(version, _events(first, created, f"data: {theirs}", named))
 
     async def abort(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> None:
         """End an answer now: what it has so far is all of it, and its finish_reason is "abort"."""
@@ -132,14 +138,14 @@ class OpenAIHandlers:
 
 
 async def _events(
-    first: str, events: AsyncGenerator[str, None], theirs: str, ours: bytes
+    first: str, events: AsyncGenerator[str, None], theirs: str, named: bytes
 ) -> AsyncGenerator[bytes, None]:
-    """Each event with our beginning in place of theirs; its JSON is not read."""
+    """Each event with `named` in place of its beginning; its JSON is not read."""
     length = len(theirs)
-    yield ours + first[length:].encode()
+    yield named + first[length:].encode()
     async with aclosing(events):
         async for event in events:
-            yield ours + event[length:].encode() if event.startswith(theirs) else event.encode()
+            yield named + event[length:].encode() if event.startswith(theirs) else event.encode()
 
 
 async def _parts(document: bytes) -> AsyncGenerator[bytes, None]:

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -89,7 +88,8 @@ class PolicyReplica:
         self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
         tensors, version = self._engine.shadow_tensors, self._engine.version
         self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=settings.key)
-        self._handlers = await asyncio.to_thread(OpenAIHandlers, self._engine, settings.name)
+        most_tokens = settings.config.limits.max_response_tokens
+        self._handlers = await asyncio.to_thread(OpenAIHandlers, self._engine, settings.name, most_tokens=most_tokens)
         await self._catch_up()
         self._following = asyncio.create_task(self._follow())
 
@@ -116,9 +116,7 @@ class PolicyReplica:
     async def _answered(self, request: PolicyRequest, running: _Running, expires: float) -> AsyncIterator[Head | bytes]:
         try:
             async with asyncio.timeout_at(expires) as deadline:
-                answered = await self._handlers.answer(
-                    request.kind, self._bounded(request), answer_id=request.answer_id
-                )
+                answered = await self._handlers.answer(request.kind, request.body, answer_id=request.answer_id)
         except (TimeoutError, Refused) as error:
             # vLLM answers what was cancelled with an error of its own.
             refused = isinstance(error, Refused) and not deadline.expired()
@@ -228,12 +226,6 @@ class PolicyReplica:
         times = await self._engine.update(order.version, write, deadline_s=deadline_s, exchange_in=drained)
         consequence = f"serves version {order.version}, held requests for {times.held_s:.2f} s"
         self._tell(Event("rollover", self._name, f"{len(updates)} updates from {KEEPER}", consequence))
-
-    def _bounded(self, request: PolicyRequest) -> dict[str, Any]:
-        """Without a limit of its own an answer has ours; vLLM lowers it to what fits behind the prompt."""
-        if request.body.get("max_tokens") is None and request.body.get("max_completion_tokens") is None:
-            return {**request.body, "max_tokens": self._settings.config.limits.max_response_tokens}
-        return request.body
 
     def _elsewhere(self) -> Head:
         return Head(503, self._engine.version, self._name, draining=True)

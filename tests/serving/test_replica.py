@@ -14,7 +14,7 @@ from ray import serve
 from safetensors.torch import load_file
 
 from contracts.records import WeightsUpdate
-from contracts.serving import EngineReplicaConfig, ServingConfig
+from contracts.serving import EngineReplicaConfig, ServingConfig, ServingLimits
 from models.weight_stream import DeltaSender
 from serving.records import LIVE, Head, Order, PolicyRequest, StartWeights
 from serving.replica import PolicyReplica, ReplicaSettings
@@ -25,6 +25,7 @@ from tests.tiny import build_tiny_model
 APP = "headrace-serving-replica-test"
 CHAT = [{"role": "user", "content": "What is a headrace?"}]
 LONG = 230  # tokens; the context has 256
+MOST = 235
 
 
 class ScriptedKeeper:
@@ -78,11 +79,8 @@ class Spoken:
 
     @property
     def text(self) -> str:
-        return "".join(
-            choice["delta"].get("content") or "" if "delta" in choice else choice.get("text", "")
-            for part in self.objects
-            for choice in part["choices"]
-        )
+        choices = [choice for part in self.objects for choice in part["choices"]]
+        return "".join((choice.get("delta") or choice.get("message"))["content"] or "" for choice in choices)
 
     @property
     def versions(self) -> set[int]:
@@ -108,7 +106,9 @@ class Rig:
             health_check_period_s=1.0,
             graceful_shutdown_timeout_s=20.0,
         )
-        config = ServingConfig(replicas=EngineReplicaConfig(kv_cache_gib=0.1), drain_s=60.0)
+        config = ServingConfig(
+            replicas=EngineReplicaConfig(kv_cache_gib=0.1), drain_s=60.0, limits=ServingLimits(max_response_tokens=MOST)
+        )
         settings = ReplicaSettings(LIVE, "policy", StartWeights(str(folders[0]), 0), 256, config, start_s=120.0)
         bound = keeper.bind([self.order(self.to_1)])
         serve.run(replica.bind(settings, bound), name=APP, route_prefix=None)
@@ -193,6 +193,14 @@ def test_a_streamed_answer_is_the_whole_one_in_parts(rig: Rig) -> None:
     usage = streamed.objects[-1]["usage"]
     assert usage["completion_tokens"] == 16
     assert usage.items() <= document["usage"].items()
+
+
+def test_an_answer_without_a_limit_has_that_of_the_configuration_or_what_fits(rig: Rig) -> None:
+    short = rig.run(rig.ask({"prompt": "A", "ignore_eos": True})).objects[0]["usage"]
+    assert short["completion_tokens"] == MOST
+    long = rig.run(rig.ask({"prompt": "A" * 100, "ignore_eos": True})).objects[0]["usage"]
+    assert long["prompt_tokens"] > 256 - MOST
+    assert long["total_tokens"] == 256
 
 
 def test_completions_with_choices_seeds_and_logprobs(rig: Rig) -> None:
