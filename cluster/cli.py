@@ -222,6 +222,25 @@ def stop(job: JobArgument, address: ClusterOption) -> None:
     raise SystemExit(followed(jobs.stop(job, address)))
 
 
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="whose it is; stands in logs and beside feedback")],
+    scopes: Annotated[str, typer.Option(help="what it may do: chat, score, feedback, admin")] = "chat,score,feedback",
+    file: Annotated[
+        Path | None, typer.Option(help="the file that `serving.keys` names; made where it is not there")
+    ] = None,
+) -> None:
+    """Make an API key for `headrace serve`. It is printed once; only its hash is kept.
+
+    Without --file the line to keep goes to stderr: into a file, or into HEADRACE_API_KEYS.
+    """
+    from serving.keys import make_key
+
+    secret, kept = make_key(name, scopes, file)
+    print(f"keep this line: {kept.line}" if file is None else f"added {name!r} to {file}", file=sys.stderr)
+    print(secret)
+
+
 def followed(work: Coroutine[Any, Any, T]) -> T:
     """Watch what happens elsewhere: Ctrl-C ends the watching alone."""
     try:

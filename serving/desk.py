@@ -135,10 +135,10 @@ class Desk:
         call = getattr(self.versions, method).remote(*arguments)
         try:
             return await answer(call, who="the version keeper", asked=method, deadline_s=KEEPER_S)
+        except ValueError as error:  # through Ray it is a RayTaskError too, with a traceback for its text
+            said = str(getattr(error, "cause", error))
+            raise ApiError(400, said, param="version", code="unknown_version") from error
         except (RayError, RayServeException, NoAnswer) as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(error, ValueError) or isinstance(cause, ValueError):
-                raise ApiError(400, str(cause or first_line(error)), param="version", code="unknown_version") from error
             tell(Event("refusal", "the version keeper", first_line(error), f"{method} is answered with 503"))
             message = "the version keeper does not answer now: ask again later"
             raise ApiError(503, message, code="keeper_lost", retry_after_s=BUSY_S) from error
