@@ -38,7 +38,7 @@ class Door:
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._meters.answered(scope["path"], message["status"])
+                self._meters.answered(_path(scope), message["status"])
             await send(message)
 
         try:
@@ -50,7 +50,7 @@ class Door:
         await self._app(scope, _replayed(body, receive), count)
 
     def _let_in(self, scope: Scope) -> Key:
-        path, headers = scope["path"], Headers(scope=scope)
+        path, headers = _path(scope), Headers(scope=scope)
         needs = _NEEDS.get(path, "" if path.startswith("/v1/") else None)
         if needs is None:
             return LOCAL
@@ -106,6 +106,12 @@ class Door:
     def _too_large(self) -> ApiError:
         message = f"the body has more than {self._max_body_bytes} bytes: send a shorter prompt"
         return ApiError(413, message, code="body_too_large")
+
+
+def _path(scope: Scope) -> str:
+    """Without the prefix of the application (Ray Serve's `route_prefix`)."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

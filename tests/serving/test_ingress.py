@@ -33,7 +33,9 @@ def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Connect:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
     @contextlib.asynccontextmanager
-    async def open_client(*, peer: str = "127.0.0.1", key: str = "", **settings: Any) -> AsyncIterator[AsyncClient]:
+    async def open_client(
+        *, peer: str = "127.0.0.1", key: str = "", prefix: str = "", **settings: Any
+    ) -> AsyncIterator[AsyncClient]:
         config = ServingConfig.model_validate(settings)
         live, pinned = (LocalHandle(ScriptedReplica(tmp_path, version)) for version in (7, 3))
         keeper: Any = LocalHandle(ScriptedKeeper())
@@ -41,7 +43,7 @@ def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Connect:
         desk = Desk(config, tmp_path, live, keeper, {3: pinned}, scorers)  # type: ignore[arg-type, dict-item]
         app = build_app(desk)
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        transport = httpx.ASGITransport(app, client=(peer, 5000))
+        transport = httpx.ASGITransport(app, client=(peer, 5000), root_path=prefix)
         async with AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=headers) as client:
             yield client
         desk.store.close()
@@ -179,6 +181,14 @@ async def test_keys_and_their_scopes(connect: Connect, tmp_path: Path) -> None:
         pin = {"version": "7"}
         assert "may not admin" in error(await client.post("/v1/versions/pin", json=pin, headers=talks), 403)["message"]
         assert (await client.post("/v1/versions/pin", json=pin, headers=rules)).status_code == 200
+
+
+async def test_keys_are_asked_for_behind_a_prefix_too(connect: Connect, tmp_path: Path) -> None:
+    make_key("talk", "chat", tmp_path / "keys")
+    async with connect(keys=tmp_path / "keys", prefix="/policy") as client:
+        for path in ("chat/completions", "score", "versions/pin", "anything"):
+            error(await client.post(f"/policy/v1/{path}", json={}), 401)
+        error(await client.get("/policy/metrics"), 401)
 
 
 async def test_without_keys_only_this_machine_is_answered(connect: Connect) -> None:
