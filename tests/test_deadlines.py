@@ -22,8 +22,8 @@ WITHOUT = {
     "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/submit.py _show_log: self._client.tail_job_logs(job)": "`ended` beside it gives up after LOST_S",
-    "cluster/serve_command.py _until_stopped: asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)": "as "
-    "long as it is served",
+    "cluster/serve_command.py _until_stopped: asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)": ""
+    "as long as it is served",
     "cluster/serve_command.py _until_stopped: stopping.wait()": "as long as it is served",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
@@ -46,8 +46,8 @@ WITHOUT = {
     "child_environment sets to start_timeout_s",
     "models/engine_together.py last_output: collector.get()": "the pool, as for _together",
     "models/vllm_weights.py watch: psutil.Process(owner_pid).wait()": "a thread that ends the core when its owner ends",
-    "models/openai.py _created: self._chat.create_chat_completion(ChatCompletionRequest(**body))": "PolicyReplica.answer "
-    "waits request.deadline_s",
+    "models/openai.py _created: self._chat.create_chat_completion(ChatCompletionRequest(**body))": ""
+    "PolicyReplica.answer waits request.deadline_s",
     "models/openai.py _created: self._completion.create_completion(CompletionRequest(**body))": "the same",
     "models/openai.py _events: aclosing(events)": "a generator of this process",
     "models/openai.py _events: events": "PolicyReplica aborts the request at its deadline, which ends them",
