@@ -173,14 +173,14 @@ async def _until_stopped(job: ServeJob, progress: Progress, stopping: StopReques
 
     applications = {application_name(job.serving): "the policy"}
     watching = asyncio.create_task(watch(applications, on_event=tell, deadline_s=job.config.deadlines.silent_s))
-    stopped = asyncio.create_task(stopping.wait())
+    told = asyncio.create_task(stopping.wait())
     try:
-        await asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
     finally:
         watching.cancel()
-        stopped.cancel()
+        told.cancel()
 
 
 async def _start_http(serving: ServingConfig, *, deadline_s: float) -> None:
