@@ -19,14 +19,16 @@ _POLL_S = 0.2
 _STATUS_S = 5.0  # after the deadline: for what Serve was doing meanwhile, which the error says
 
 
-async def run_application(app: serve.Application, name: str, *, start_s: float) -> DeploymentHandle:
-    """Deploy without an HTTP route and wait until every replica is healthy.
+async def run_application(
+    app: serve.Application, name: str, *, start_s: float, route_prefix: str | None = None
+) -> DeploymentHandle:
+    """Deploy, without an HTTP route unless `route_prefix` is one, and wait until every replica is healthy.
 
     Raises:
         RuntimeError: a replica failed to start; carries Serve's message, the replica's own error in it.
         NoAnswer: it was not running after `start_s` seconds; the message says what Serve was doing.
     """
-    target = serve.RunTarget(target=app, name=name, route_prefix=None)
+    target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
     expires = time.monotonic() + start_s
     deploy = asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
     await answer(deploy, who="Ray Serve", asked=f"deploy {name}", deadline_s=start_s)
@@ -49,6 +51,21 @@ async def delete_applications(prefix: str, *, deadline_s: float) -> None:
     for name in names:
         delete = asyncio.to_thread(serve.delete, name)
         await answer(delete, who="Ray Serve", asked=f"delete {name}", deadline_s=deadline_s)
+
+
+async def delete_application(name: str, *, deadline_s: float) -> None:
+    """Delete one, if it is there, and wait until its replicas have finished what they do.
+
+    Raises:
+        NoAnswer: they had not after `deadline_s`.
+    """
+
+    async def until_gone() -> None:
+        await asyncio.to_thread(serve.delete, name, _blocking=False)
+        while name in await _applications(deadline_s):  # noqa: ASYNC110 Serve is another process
+            await asyncio.sleep(_POLL_S)
+
+    await answer(until_gone(), who="Ray Serve", asked=f"delete {name}", deadline_s=deadline_s)
 
 
 async def application_names(deadline_s: float) -> list[str]:

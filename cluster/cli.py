@@ -71,6 +71,26 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
+def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Serve a policy through an OpenAI-compatible API: serving.model, or the newest checkpoint, or model.path.
+
+    Ctrl-C or SIGTERM finishes the answers that are being written and ends; a second Ctrl-C ends at once.
+    """
+    settings = configuration.load(config, overrides or ())
+    if settings.ray.address is None:
+        stay_on_loopback()
+    from cluster.serve_command import check_serving, serve_policy  # imports are slow, and `--help` should not be
+
+    job = check_serving(settings)
+    from cluster.progress import Progress
+
+    with Progress(0) as progress:
+        _, received = run_until_signal(lambda stopping: serve_policy(job, progress, stopping))
+    if received is not None:
+        raise SystemExit(128 + received)
+
+
+@app.command()
 def doctor(
     folder: Annotated[
         Path,
@@ -200,6 +220,55 @@ def stop(job: JobArgument, address: ClusterOption) -> None:
     from cluster import submit as jobs
 
     raise SystemExit(followed(jobs.stop(job, address)))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="whose it is; stands in logs and beside feedback")],
+    scopes: Annotated[str, typer.Option(help="what it may do: chat, score, feedback, admin")] = "chat,score,feedback",
+    file: Annotated[
+        Path | None, typer.Option(help="the file that `serving.keys` names; made where it is not there")
+    ] = None,
+) -> None:
+    """Make an API key for `headrace serve`. It is printed once; only its hash is kept.
+
+    Without --file the line to keep goes to stderr: into a file, or into HEADRACE_API_KEYS.
+    """
+    from serving.keys import make_key
+
+    secret, kept = make_key(name, scopes, file)
+    print(f"keep this line: {kept.line}" if file is None else f"added {name!r} to {file}", file=sys.stderr)
+    print(secret)
+
+
+UrlOption = Annotated[str, typer.Option(help="of `headrace serve`, for example http://127.0.0.1:8000")]
+KeyOption = Annotated[
+    str | None, typer.Option(envvar="HEADRACE_API_KEY", help="an API key with the scope admin, where keys are set")
+]
+
+
+@app.command()
+def pin(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a number, or latest to follow training again")],
+    url: UrlOption = "http://127.0.0.1:8000",
+    key: KeyOption = None,
+) -> None:
+    """Let a serving application stay at a version, or follow training again."""
+    from cluster import versions_command
+
+    print(versions_command.pin(url, version, key))
+
+
+@app.command()
+def rollback(
+    version: Annotated[int, typer.Argument(min=0, metavar="VERSION", help="older than the one that is served")],
+    url: UrlOption = "http://127.0.0.1:8000",
+    key: KeyOption = None,
+) -> None:
+    """Let a serving application go back to an older version and stay there, until `headrace pin latest`."""
+    from cluster import versions_command
+
+    print(versions_command.rollback(url, version, key))
 
 
 def followed(work: Coroutine[Any, Any, T]) -> T:

@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -212,14 +212,11 @@ class Engine:
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        await self._accepting.wait()
-        self._raise_if_broken()
+        salt = await self.accepting()
         request = SamplingRequest(request_id, prompt_tokens, max_tokens, temperature, seed, stop_token_ids)
         params = request.params()
         with self._adapters.newest() if self._adapters else nullcontext() as adapter:
-            # The salt keeps prefixes cached before an exchange apart. A version would not do: its requests go on
-            # under the next one's weights and cache that mixture, and a rollback serves it again.
-            prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=f"exchange-{self._num_exchanges}")
+            prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=salt)
             running = asyncio.ensure_future(self._final_output(prompt, params, request_id, adapter))
             self._running.add(running)
             running.add_done_callback(self._running.discard)
@@ -228,8 +225,7 @@ class Engine:
             except VLLMValidationError as error:
                 raise ValueError(str(error)) from error
             except EngineDeadError as error:
-                self._break(f"its core died: {error}")
-                raise WeightsError(f"engine is broken: {self.broken}") from error
+                raise self.died(error) from error
             except asyncio.CancelledError:
                 if self.broken and running.cancelled():
                     raise WeightsError(f"engine is broken: {self.broken}") from None
@@ -261,8 +257,7 @@ class Engine:
                 waiting = [each for each in added if not isinstance(each, ValueError)]
                 outputs = iter(await self._together(waiting))
             except EngineDeadError as error:
-                self._break(f"its core died: {error}")
-                raise WeightsError(f"engine is broken: {self.broken}") from error
+                raise self.died(error) from error
             return [each if isinstance(each, ValueError) else _generation(next(outputs), adapter) for each in added]
 
     @property
@@ -283,12 +278,14 @@ class Engine:
         *,
         deadline_s: float,
         clear_cache: bool = True,
+        exchange_in: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> UpdateTimes:
         """Write new weights to the shadow while generation goes on, then exchange all weights.
 
         `write` gets `shadow_tensors` in a thread and must leave the weights of `version` there.
         Running requests are kept and go on under the new weights; with `clear_cache` their cached
         states are computed anew, else the old ones are kept. New requests never meet old ones.
+        The exchange takes place inside `exchange_in()`, which may wait for requests to finish.
 
         Waits for a running update, `write`, the pause and the workers, `deadline_s` in all, and is
         not cut short by cancellation; `write` cannot be, and nothing is paused if it takes longer.
@@ -302,7 +299,7 @@ class Engine:
         self._raise_if_broken()
         shadow = self.shadow_tensors
         expires = time.monotonic() + deadline_s
-        return await self._finished(self._update(version, shadow, write, expires, clear_cache))
+        return await self._finished(self._update(version, shadow, write, expires, clear_cache, exchange_in))
 
     async def load_weights(
         self,
@@ -350,6 +347,28 @@ class Engine:
         expires = time.monotonic() + deadline_s
         return await self._finished(self._update_adapter(self._adapters, version, adapter, expires))
 
+    @property
+    def llm(self) -> AsyncLLM:
+        """For vLLM's own request handlers, which have to ask `accepting` first."""
+        return self._llm
+
+    async def accepting(self) -> str:
+        """Wait for as long as weights are exchanged; the salt for the prompt of a request that begins now.
+
+        It keeps prefixes cached before an exchange apart. A version would not do: its requests go on under the
+        next one's weights and cache that mixture, and a rollback serves it again.
+
+        Raises WeightsError once the engine is broken.
+        """
+        await self._accepting.wait()
+        self._raise_if_broken()
+        return f"exchange-{self._num_exchanges}"
+
+    def died(self, error: BaseException) -> WeightsError:
+        """Remember that the core has died of `error`; what to raise instead."""
+        self._break(f"its core died: {error}")
+        return WeightsError(f"engine is broken: {self.broken}")
+
     def num_running(self) -> int:
         """Requests not finished yet, waiting ones included."""
         return len(self._running)
@@ -365,8 +384,7 @@ class Engine:
         try:
             await self._answer(self._llm.get_weight_version(), "get_weight_version", math.inf)
         except EngineDeadError as error:
-            self._break(f"its core died: {error}")
-            raise WeightsError(f"engine is broken: {self.broken}") from error
+            raise self.died(error) from error
 
     def core_computed_s(self) -> float:
         """CPU seconds that the engine core and its workers have used."""
@@ -452,6 +470,7 @@ class Engine:
         write: Callable[[Mapping[str, Tensor]], object],
         expires: float,
         clear_cache: bool,
+        exchange_in: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> UpdateTimes:
         async with self._update_lock:
             self._raise_if_broken()
@@ -465,12 +484,13 @@ class Engine:
             if written > expires:
                 late = f"weights {version} not loaded: written {written - expires:.1f} s after the deadline"
                 raise WeightsError(f"{late} (still serving version {self.version})")
-            self._accepting.clear()
-            self._num_exchanges += 1
-            try:
-                pause_s, load_s, resume_s = await self._exchange(version, expires, clear_cache)
-            finally:
-                self._accepting.set()
+            async with exchange_in():
+                self._accepting.clear()
+                self._num_exchanges += 1
+                try:
+                    pause_s, load_s, resume_s = await self._exchange(version, expires, clear_cache)
+                finally:
+                    self._accepting.set()
             return UpdateTimes(written - began, pause_s, load_s, resume_s)
 
     async def _exchange(self, version: int, expires: float, clear_cache: bool) -> tuple[float, float, float]:

@@ -16,7 +16,8 @@ LIVE = "live"  # the slot of the replicas that follow training; `pinned-7` is th
 class PolicyRequest:
     """One request to a replica; `body` is an OpenAI request that the ingress has checked.
 
-    `answer_id` names the answer in the API. The replica gives up `deadline_s` after it has the request.
+    `answer_id` names the answer in the API. Without `max_tokens` in the body the replica writes what fits, at most
+    `limits.max_response_tokens`. The replica gives up `deadline_s` after it has the request.
     """
 
     kind: Literal["chat", "completion"]
@@ -40,17 +41,34 @@ class Head:
     error: dict[str, Any] | None = None
 
 
+Step = tuple[WeightsUpdate, list["ray.ObjectRef"]]
+
+
 @dataclass(frozen=True)
 class Order:
     """What a replica should serve next, and how to get there from what it holds.
 
     `steps` are applied to the shadow in this order: deltas that begin at the version it holds, or a keyframe and the
-    deltas after it. A replica whose `version` is the wanted one gets no order.
+    deltas after it. Where they begin with a keyframe, the receiver has to `forget` first: it may be of an older
+    version than it holds. A replica whose `version` is the wanted one gets no order.
+
+    `deadline_s` is for all of it, draining included; the turn is over then. `alone`: no other replica of the slot
+    serves, so requests wait here instead of going elsewhere.
     """
 
     version: int
-    steps: list[tuple[WeightsUpdate, list[ray.ObjectRef]]]
+    steps: list[Step]
     deadline_s: float
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """What replicas load from disk when they start: the policy folder `path` is version `version`."""
+
+    path: str
+    version: int
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -65,3 +83,12 @@ class VersionRow:
     status: Literal["published", "refused", "promoted", "rolled_back", "pinned", "released"]
     reason: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a candidate: `reason` names the limit that it broke, or what it was compared with."""
+
+    promote: bool
+    reason: str
+    metrics: dict[str, float]

@@ -22,6 +22,9 @@ WITHOUT = {
     "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/submit.py _show_log: self._client.tail_job_logs(job)": "`ended` beside it gives up after LOST_S",
+    "cluster/serve_command.py _until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
+    "as long as it is served",
+    "cluster/serve_command.py _until_stopped: stopping.wait()": "as long as it is served",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",
@@ -37,7 +40,8 @@ WITHOUT = {
     "models/engine.py _together: tasks": "the pool, which replaces an actor that takes longer than deadlines.lease_s",
     "models/engine.py check_health: self._llm.check_health()": "vLLM only looks at a flag of this process",
     "models/engine.py generate: running": "the lease of the request, deadlines.lease_s, aborts it",
-    "models/engine.py generate: self._accepting.wait()": "an update, of which every call to the core has the deadline",
+    "models/engine.py _update: exchange_in()": "what the caller gives: serving.rollover.Gate.drained, which gives up",
+    "models/engine.py accepting: self._accepting.wait()": "an update, of which every call to the core has the deadline",
     "models/engine_start.py start_vllm: AsyncLLM.from_engine_args(engine_args)": "VLLM_ENGINE_READY_TIMEOUT_S, which "
     "child_environment sets to start_timeout_s",
     "models/engine_together.py last_output: collector.get()": "the pool, as for _together",
@@ -48,6 +52,19 @@ WITHOUT = {
     "serving/labelling/errors.py __call__: self._app(scope, receive, send)": "the start and end of the app itself",
     "serving/labelling/errors.py closed: send(message)": "Serve's proxy, which ends what a client left",
     "serving/labelling/errors.py read_already: receive()": "Serve's proxy, which ends what a client left",
+    "models/openai.py _created: self._chat.create_chat_completion(ChatCompletionRequest(**body))": ""
+    "PolicyReplica.answer waits request.deadline_s",
+    "models/openai.py _created: self._completion.create_completion(CompletionRequest(**body))": "the same",
+    "models/openai.py _events: aclosing(events)": "a generator of this process",
+    "models/openai.py _events: events": "PolicyReplica aborts the request at its deadline, which ends them",
+    "models/openai.py _first: anext(events)": "PolicyReplica.answer waits request.deadline_s",
+    "models/openai.py _first: events.aclose()": "a generator of this process",
+    "models/openai.py abort: self._engine.llm.abort([request_id] if kind == 'chat' else parts)": "a message is sent; "
+    "nobody answers it",
+    "serving/replica.py _answered: aclosing(answered.parts)": "a generator of this process",
+    "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",
+    "serving/replica.py _answered: asyncio.timeout_at(expires)": "it is the deadline",
+    "serving/rollover.py _emptied: end()": "it aborts a request: a message is sent, nobody answers it",
 }
 
 

@@ -31,6 +31,7 @@ from feedback.store.records import (
     Refused,
     Source,
     TaskKind,
+    check_text,
 )
 from feedback.store.results import DatasetQuery, DatasetVersion, Judged, Method
 from feedback.store.schema import ROWS_AT_ONCE, connect, insert_new, prompts
@@ -141,6 +142,11 @@ class Store:
     def register(self, name: str) -> tuple[int, str]:
         """(annotator id, token); only a hash of the token is kept."""
         return self._write(lambda connection: people.register(connection, name, now=self._now()))
+
+    def person(self, name: str) -> int:
+        """The annotator of that name, made without a token where there is none: someone who is known elsewhere."""
+        check_text("name", name, max_chars=300, blank=False)
+        return self._write(lambda connection: people.named_annotators(connection, {name}, now=self._now())[name])
 
     def new_token(self, annotator_id: int) -> str:
         return self._write(lambda connection: people.new_token(connection, annotator_id))

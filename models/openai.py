@@ -1,0 +1,179 @@
+"""vLLM's own OpenAI handlers on our engine: chat and text completions, streamed or as one JSON document.
+
+They render prompts, check sampling values and write the answers; of the answers only the beginning is changed, as
+text: the id is that of the request and the version of the weights stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from models.engine import Engine
+
+Kind = Literal["chat", "completion"]
+
+_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}  # what vLLM puts before the id of a request
+_ERROR = 'data: {"error"'
+
+
+class Refused(ValueError):
+    """A request that the model cannot take: the HTTP `status`, and the `error` object in the OpenAI shape."""
+
+    def __init__(self, status: int, error: dict[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.status, self.error = status, error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer from its first token on: SSE events, or one JSON document. Closing `parts` aborts it.
+
+    `version` is that of the weights that wrote the first token.
+    """
+
+    version: int
+    parts: AsyncGenerator[bytes, None]
+
+
+class OpenAIHandlers:
+    """Answers OpenAI requests with `engine`, which calls itself `name` in them; on the engine's event loop.
+
+    Without `max_tokens` a request gets what fits behind its prompt, and none gets more than `most_tokens`.
+    """
+
+    def __init__(self, engine: Engine, name: str, *, most_tokens: int) -> None:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        llm: Any = engine.llm
+        template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto"}  # the model's own
+        models = OpenAIServingModels(llm, [BaseModelPath(name=name, model_path=name)])
+        renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
+        renderer.warmup()
+        ours: dict[str, Any] = {"online_renderer": renderer, "request_logger": None}
+        self._engine = engine
+        self._chat = OpenAIServingChat(llm, models, "assistant", **ours, **template)
+        self._completion = OpenAIServingCompletion(llm, models, **ours)
+        self._chat.override_max_tokens = self._completion.override_max_tokens = most_tokens
+
+    async def answer(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> Answer:
+        """Begin an answer and wait, without a deadline, for its first token, or for all of it if it is not streamed.
+
+        Cancelling this, or closing the parts of what it returned, aborts the request in the engine. An engine that
+        dies after the first token is an error event of the stream.
+
+        Raises:
+            Refused: the model cannot take this request.
+            WeightsError: the engine is broken.
+        """
+        salt = await self._engine.accepting()
+        ours = {"model": None, "request_id": answer_id, "cache_salt": salt}
+        # vLLM's own default is 16 for completions.
+        created = await self._created(kind, {"max_tokens": None, **body, **ours})
+        theirs = f'{{"id":{json.dumps(_PREFIX[kind] + answer_id)}'
+        if isinstance(created, str):
+            version = self._engine.version
+            return Answer(version, _parts(_named(created, theirs, answer_id, version)))
+        first = await self._first(created)
+        version = self._engine.version
+        named = b"data: " + _named(theirs, theirs, answer_id, version)
+        return Answer(version, _events(first, created, f"data: {theirs}", named))
+
+    async def abort(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> None:
+        """End an answer now: what it has so far is all of it, and its finish_reason is "abort"."""
+        request_id = f"{_PREFIX[kind]}{answer_id}"
+        prompts = body["prompt"] if kind == "completion" else ""
+        several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+        parts = [f"{request_id}-{index}" for index in range(len(prompts) if several else 1)]
+        await self._engine.llm.abort([request_id] if kind == "chat" else parts)
+
+    async def _created(self, kind: Kind, body: dict[str, Any]) -> AsyncGenerator[str, None] | str:
+        """What vLLM's handler gives: a stream of events, or a JSON document."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        created: Any
+        try:
+            if kind == "chat":
+                created = await self._chat.create_chat_completion(ChatCompletionRequest(**body))
+            else:
+                created = await self._completion.create_completion(CompletionRequest(**body))
+        except ValidationError as error:
+            raise Refused(400, _invalid(error)) from error
+        except EngineDeadError as error:
+            raise self._engine.died(error) from error
+        # Where vLLM's own server has a handler that turns them into an answer: prompts and values that it refuses.
+        except (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
+            created = create_error_response(error)
+        if isinstance(created, ErrorResponse):
+            raise _refused(created.model_dump()["error"])
+        return created if isinstance(created, AsyncGenerator) else str(created.model_dump_json())
+
+    async def _first(self, events: AsyncGenerator[str, None]) -> str:
+        """The first event, after which the request is accepted: some are refused only there."""
+        try:
+            first = await anext(events)
+        except BaseException:
+            await events.aclose()
+            raise
+        if not first.startswith(_ERROR):
+            return first
+        await events.aclose()
+        if self._engine.llm.errored:
+            raise self._engine.died(self._engine.llm.dead_error)
+        raise _refused(json.loads(first.removeprefix("data: "))["error"])
+
+
+async def _events(
+    first: str, events: AsyncGenerator[str, None], theirs: str, named: bytes
+) -> AsyncGenerator[bytes, None]:
+    """Each event with `named` in place of its beginning; its JSON is not read."""
+    length = len(theirs)
+    yield named + first[length:].encode()
+    async with aclosing(events):
+        async for event in events:
+            yield named + event[length:].encode() if event.startswith(theirs) else event.encode()
+
+
+async def _parts(document: bytes) -> AsyncGenerator[bytes, None]:
+    yield document
+
+
+def _named(text: str, theirs: str, answer_id: str, version: int) -> bytes:
+    """A JSON object of vLLM's with our id, and the version beside it."""
+    if not text.startswith(theirs):
+        raise RuntimeError(f"vLLM's answer does not begin with {theirs}: {text[:80]}")
+    return f'{{"id":{json.dumps(answer_id)},"weights_version":{version}{text[len(theirs) :]}'.encode()
+
+
+def _refused(error: dict[str, Any]) -> Refused:
+    """vLLM's `code` is the status."""
+    status = error.pop("code")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return Refused(status, {"message": error["message"], "type": kind, "param": error["param"], "code": None})
+
+
+def _invalid(error: ValidationError) -> dict[str, Any]:
+    """The first thing that is wrong with a request, by the name of its field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "__root__")
+    message = first["msg"].removeprefix("Value error, ")
+    return {
+        "message": f"{field}: {message}" if field else message,
+        "type": "invalid_request_error",
+        "param": field or None,
+        "code": None,
+    }

@@ -1,0 +1,123 @@
+"""The Ray Serve application of a served policy: its door, the keeper of versions, and the replicas with the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from contracts.serving import EngineReplicaConfig, ServingConfig
+from serving.archive import weights_key
+from serving.desk import Scorer
+from serving.ingress import Ingress
+from serving.records import LIVE, StartWeights
+from serving.replica import PolicyReplica, ReplicaSettings
+from serving.versions import VersionKeeper
+
+_CHECK_PERIOD_S = 2.0
+_UPSCALE_DELAY_S = 10.0  # an engine takes longer than that to start
+_DOWNSCALE_DELAY_S = 300.0
+_KEEPER_STOP_S = 5.0  # replicas wait for orders there, and nobody else loses anything
+_STOP_MARGIN_S = 10.0
+_INGRESS_REQUESTS = 10_000  # it bounds its own queue, and says 503 itself
+_KEEPER_REQUESTS = 1000  # each replica waits in one
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is served: the weights to begin with, and how long prompt and answer may be together."""
+
+    start: StartWeights
+    max_context_tokens: int
+
+
+def application_name(config: ServingConfig) -> str:
+    """One application a name; it is found by this."""
+    return f"headrace-serving-{config.name}"
+
+
+def build(
+    config: ServingConfig,
+    policy: Policy,
+    folder: Path,
+    *,
+    scorers: Mapping[str, tuple[float, Scorer]],
+    start_s: float,
+    health_s: float,
+) -> serve.Application:
+    """The whole application, to be run under `application_name(config)`.
+
+    Args:
+        folder: `output_dir/serving`: the history, the weights, the feedback.
+        scorers: the reward's components by name, each with its weight.
+        start_s: a replica loads the model and takes the current version.
+        health_s: a replica answers a health check; after three it is replaced.
+
+    Raises:
+        ValueError: the key in `folder` cannot be read.
+    """
+    key = weights_key(folder)
+    checks = {"health_check_period_s": _CHECK_PERIOD_S, "health_check_timeout_s": health_s}
+    # What runs is finished before a process ends; an answer takes no longer than request_s.
+    finishing = {"graceful_shutdown_timeout_s": config.request_s + _STOP_MARGIN_S, "graceful_shutdown_wait_loop_s": 0.5}
+    keeper: Any = serve.deployment(
+        VersionKeeper,
+        name="versions",
+        num_replicas=1,
+        max_ongoing_requests=_KEEPER_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=_KEEPER_STOP_S,
+        **checks,
+    )
+    versions = keeper.bind(config, folder, policy.start, key=key)
+
+    def replica(name: str, api_name: str, **number: Any) -> serve.Application:
+        deployment: Any = serve.deployment(
+            PolicyReplica,
+            name=name,
+            max_ongoing_requests=config.replicas.max_running,
+            ray_actor_options=_reserved(config.replicas),
+            **number,
+            **checks,
+            **finishing,
+        )
+        settings = ReplicaSettings(name, api_name, policy.start, policy.max_context_tokens, config, start_s, key)
+        bound: serve.Application = deployment.bind(settings, versions)
+        return bound
+
+    ingress: Any = serve.deployment(
+        Ingress,
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=_INGRESS_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        **checks,
+        **finishing,
+    )
+    live = replica(LIVE, config.name, **_number_of_replicas(config.replicas))
+    pinned = {
+        version: replica(f"pinned-{version}", f"{config.name}@{version}", num_replicas=1) for version in config.pinned
+    }
+    bound: serve.Application = ingress.bind(config, folder, live, versions, pinned=pinned, scorers=scorers)
+    return bound
+
+
+def _number_of_replicas(replicas: EngineReplicaConfig) -> dict[str, Any]:
+    if replicas.min_replicas == replicas.max_replicas:
+        return {"num_replicas": replicas.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.min_replicas,
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.target_running,
+            "upscale_delay_s": _UPSCALE_DELAY_S,
+            "downscale_delay_s": _DOWNSCALE_DELAY_S,
+        }
+    }
+
+
+def _reserved(replicas: EngineReplicaConfig) -> dict[str, Any]:
+    return {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus, "resources": replicas.resources}

@@ -1,0 +1,100 @@
+"""The door of a serving application: everything that HTTP callers ask goes through it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from contracts.serving import ServingConfig
+from serving import administering, completing, judging
+from serving.desk import Desk, Scorer
+from serving.door import Door
+from serving.protocol import ApiError, refusal
+
+
+@serve.ingress()
+class Ingress:
+    """The deployment that callers reach: one replica, `max_ongoing_requests` large, since it bounds its own queue.
+
+    Bind it as `serve.deployment(Ingress).options(num_replicas=1, max_ongoing_requests=10_000).bind(...)`: the class
+    is wrapped by `serve.ingress` already, and is no deployment yet.
+
+    It consumes HTTP requests. A request waits for a place in an engine, at most `request_s`, and is refused at once
+    where `limits.max_waiting` others wait already. Each call to a replica or to the keeper has a deadline.
+
+    Args:
+        config: of the application; keys are read from `config.keys` and HEADRACE_API_KEYS in its own process.
+        folder: `output_dir/serving`, for feedback.sqlite and, with `log_prompts`, prompts.jsonl.
+        live: of the deployment `live` (`PolicyReplica`); `answer` is called with `options(stream=True)`.
+        versions: of the deployment `versions` (`VersionKeeper`).
+        pinned: by version, those of the deployments `pinned-VERSION`.
+        scorers: by name, the weight of each component of the reward and a picklable function that asks it.
+
+    Raises:
+        ConfigError: keys that cannot be read.
+        Refused: a feedback store that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        folder: Path,
+        live: DeploymentHandle,
+        versions: DeploymentHandle,
+        pinned: Mapping[int, DeploymentHandle] | None = None,
+        scorers: Mapping[str, tuple[float, Scorer]] | None = None,
+    ) -> None:
+        self._desk = Desk(config, folder, live, versions, pinned or {}, scorers or {})
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._desk)
+
+
+def build_app(desk: Desk) -> FastAPI:
+    """All routes over one desk."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watch = asyncio.create_task(desk.watch_versions())
+        yield
+        watch.cancel()
+        desk.store.close()
+
+    app = FastAPI(title="Headrace", version="1", lifespan=lifespan)
+    app.state.desk = desk
+    for module in (completing, judging, administering):
+        app.include_router(module.router)
+    app.add_middleware(
+        Door,
+        keys=desk.keys,
+        requests=desk.requests,
+        max_body_bytes=desk.config.limits.max_body_bytes,
+        meters=desk.meters,
+    )
+
+    @app.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse({"error": error.error}, error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return await known(request, refusal(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        said = {404: "there is no such path", 405: f"{request.method} is not for this path"}
+        message = f"{said.get(error.status_code, str(error.detail))}: {request.url.path:.200}"
+        answer = await known(request, ApiError(error.status_code, message))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    return app

@@ -1,0 +1,168 @@
+"""The ingress as a Ray Serve application over HTTP, with the official client: replicas die, drain and fall silent."""
+
+import asyncio
+import json
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from actors.applications import delete_applications
+from contracts.serving import ServingConfig
+from serving.ingress import Ingress
+from tests.conftest import RunCoroutine
+from tests.serving.scripted import WORDS, ScriptedKeeper, ScriptedReplica, times
+
+NAME = "headrace-serving-scripted"
+ANSWER = "".join(WORDS)
+SMALL = {"num_cpus": 0.01}
+
+
+@dataclass
+class Served:
+    url: str
+    folder: Path
+    client: openai.OpenAI
+
+    def chat(self, text: str, **more: object) -> object:
+        return self.client.chat.completions.create(  # type: ignore[call-overload, no-any-return]
+            model="policy", messages=[{"role": "user", "content": text}], **more
+        )
+
+    def inside(self) -> float:
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        return float(text.split("\nheadrace_serving_inside ")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def served(ray_session: object, run: RunCoroutine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("scripted")
+    config = ServingConfig.model_validate({"request_s": 30, "first_token_retries": 2, "replicas": {"max_replicas": 2}})
+    checks = {"health_check_period_s": 0.5, "health_check_timeout_s": 5, "graceful_shutdown_timeout_s": 1}
+    replica = serve.deployment(ScriptedReplica)
+    live = replica.options(
+        name="live", num_replicas=2, max_ongoing_requests=16, ray_actor_options=SMALL, **checks
+    ).bind(folder)
+    pinned = replica.options(name="pinned-3", ray_actor_options=SMALL, **checks).bind(folder, 3)
+    keeper = serve.deployment(ScriptedKeeper).options(name="versions", ray_actor_options=SMALL).bind(2)
+    door = serve.deployment(Ingress).options(name="ingress", max_ongoing_requests=10_000, ray_actor_options=SMALL)
+    app = door.bind(config, folder, live, keeper, {3: pinned})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app, name=NAME, route_prefix="/scripted")
+    url = f"http://127.0.0.1:{port}/scripted"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=40)
+    yield Served(url, folder, client)
+    run(delete_applications(NAME, deadline_s=60))
+
+
+def until(condition: object, timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it has not become true"
+        time.sleep(0.05)
+
+
+def test_the_official_client(served: Served) -> None:
+    raw = served.client.chat.completions.with_raw_response.create(
+        model="policy", messages=[{"role": "user", "content": "hello"}], n=2
+    )
+    assert raw.headers["x-weights-version"] == "7"
+    answer = raw.parse()
+    assert [choice.message.content for choice in answer.choices] == [ANSWER] * 2
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(WORDS)
+    text = served.client.completions.create(model="policy@3", prompt="hello")
+    assert (text.choices[0].text, text.model_extra) == (ANSWER, {"weights_version": 3})
+    assert [model.id for model in served.client.models.list()] == ["policy", "policy@3"]
+    with pytest.raises(openai.NotFoundError, match="policy@3"):
+        served.client.completions.create(model="policy@4", prompt="hello")
+    with pytest.raises(openai.BadRequestError, match="allowed are 1 to 1024"):
+        served.chat("hello", max_tokens=5000)
+
+
+def test_a_stream_comes_token_by_token(served: Served) -> None:
+    began = time.monotonic()
+    came = [(chunk, time.monotonic() - began) for chunk in served.chat("hello", stream=True)]  # type: ignore[attr-defined]
+    assert [chunk.choices[0].delta.content for chunk, _ in came] == WORDS
+    assert len({chunk.id for chunk, _ in came}) == 1
+    assert came[-1][1] - came[0][1] > 0.05  # not all at the end
+    counted = list(served.chat("hello", stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+    assert counted[-1].usage.completion_tokens == len(WORDS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("act", ["die-once", "die-after-head-once", "fail-once", "drain-once"])
+def test_a_request_whose_replica_dies_before_its_first_token_is_answered(
+    served: Served, act: str, stream: bool
+) -> None:
+    (served.folder / f"{act}-asked").unlink(missing_ok=True)
+    answer = served.chat(act, stream=stream)
+    chunks = [chunk.choices[0].delta for chunk in answer] if stream else [answer.choices[0].message]  # type: ignore[attr-defined]
+    text = "".join(chunk.content for chunk in chunks)
+    assert text == ANSWER
+    assert times(served.folder, f"{act}-asked") == 2
+    until(lambda: served.inside() == 0)
+
+
+def test_a_stream_that_had_begun_ends_with_an_error(served: Served) -> None:
+    stream = served.chat("die-midway", stream=True)
+    texts = []
+    with pytest.raises(openai.APIError, match="its replica was lost"):
+        texts.extend(chunk.choices[0].delta.content for chunk in stream)  # type: ignore[attr-defined]
+    assert texts == WORDS[: len(texts)]
+    assert texts
+    until(lambda: served.inside() == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_hangs_up_frees_the_slot(served: Served, stream: bool) -> None:
+    (served.folder / "hang-cancelled").unlink(missing_ok=True)
+    body = {"model": "policy", "messages": [{"role": "user", "content": "hang"}], "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=1.0)
+    until(lambda: times(served.folder, "hang-cancelled") == 1 and served.inside() == 0)
+
+
+def test_a_caller_who_hangs_up_in_a_stream_frees_the_slot(served: Served) -> None:
+    body = {"model": "policy", "messages": [{"role": "user", "content": "stall"}], "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=5) as response:
+        first = next(response.iter_lines())
+        assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"]["content"] == WORDS[0]
+    until(lambda: times(served.folder, "stall-cancelled") == 1 and served.inside() == 0)
+
+
+def test_feedback_that_was_acknowledged_outlives_the_process(served: Served, run: RunCoroutine) -> None:
+    answer = served.chat("hello")
+    said = {"id": answer.id, "kind": "thumbs", "value": "up", "idempotency_key": "k"}  # type: ignore[attr-defined]
+    assert httpx.post(f"{served.url}/v1/feedback", json=said, timeout=30).status_code == 200
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    (door,) = (each for each in actors if f"{NAME}#ingress#" in each["name"])
+    ray.kill(ray.get_actor(door["name"], namespace=door["namespace"]))
+    with sqlite3.connect(served.folder / "feedback.sqlite") as store:
+        found = store.execute("SELECT response_a, value FROM judgments j JOIN tasks t ON t.id = task_id").fetchall()
+    assert found == [(answer.id, 1.0)]  # type: ignore[attr-defined]
+
+    async def answers_again() -> None:
+        async with httpx.AsyncClient(timeout=10) as client:
+            while True:
+                try:
+                    repeated = await client.post(f"{served.url}/v1/feedback", json=said)
+                except httpx.TransportError:
+                    repeated = None
+                if repeated is not None and repeated.status_code == 200:
+                    assert repeated.json()["repeated"] is True
+                    return
+                await asyncio.sleep(0.2)
+
+    run(answers_again(), timeout_s=60)
