@@ -45,12 +45,26 @@ class Order:
     """What a replica should serve next, and how to get there from what it holds.
 
     `steps` are applied to the shadow in this order: deltas that begin at the version it holds, or a keyframe and the
-    deltas after it. A replica whose `version` is the wanted one gets no order.
+    deltas after it. Where they begin with a keyframe, the receiver has to `forget` first: it may be of an older
+    version than it holds. A replica whose `version` is the wanted one gets no order.
+
+    `deadline_s` is for all of it, draining included; the turn is over then. `alone`: no other replica of the slot
+    serves, so requests wait here instead of going elsewhere.
     """
 
     version: int
     steps: list[tuple[WeightsUpdate, list[ray.ObjectRef]]]
     deadline_s: float
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """What replicas load from disk when they start: the policy folder `path` is version `version`."""
+
+    path: str
+    version: int
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
