@@ -14,8 +14,8 @@ from typing import Any
 
 from cluster import experience_log
 from cluster.half_written import sweep
-from cluster.json_lines import JsonLines
 from contracts.events import Event
+from contracts.json_lines import JsonLines
 from contracts.records import SCHEMA_VERSION, ScoredRollout
 
 
