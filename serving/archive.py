@@ -238,7 +238,7 @@ class Archive:
                 break
             steps.append(self._deltas[at])
             base = self._deltas[at].update.base_version
-            assert base is not None and base < at
+            assert base is not None
             at = base
         else:
             ways.append(steps[::-1])
