@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from models.engine_weights import ExpectedWeights
+from models.engine_weights import ExpectedWeights, expected_weights
 
 _ALIGNMENT = 64  # bytes: a cache line, and more than any dtype needs
 
@@ -100,6 +100,14 @@ def _mapped(path: Path, mode: Any) -> dict[str, Tensor]:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def policy_tensors(model: str, dtype: str) -> dict[str, Tensor]:
+    """What an engine of `dtype` holds of `model`, in ordinary memory."""
+    expected = expected_weights(model, dtype)
+    tensors = {name: torch.empty(shape, dtype=expected.dtype) for name, shape in expected.shapes.items()}
+    _fill(tensors, model, expected.dtype)
+    return tensors
 
 
 def _fill(tensors: Mapping[str, Tensor], model: str, dtype: torch.dtype) -> None:

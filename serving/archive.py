@@ -200,10 +200,22 @@ class Archive:
             self._digests = version, digests
         return self._digests[1]
 
+    def keep_start(self) -> None:
+        """Let a way lead to the start version.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        if self._start is not None and not self._reachable(self._start[0]):
+            self._write_start()
+
     def _add_start(self, base: int | None) -> None:
         """Before anything else is here, or where it is what an update builds on."""
-        if self._start is None or (self._entries() and (base != self._start[0] or self._reachable(base))):
-            return
+        if self._start is not None and (not self._entries() or base == self._start[0]):
+            self.keep_start()
+
+    def _write_start(self) -> None:
+        assert self._start is not None
         version, tensors = self._start
         sender = DeltaSender(key=self._key)
         frames = list(sender.encode(tensors(), version))
@@ -296,14 +308,14 @@ class Archive:
         header = {
             "schema_version": SCHEMA_VERSION,
             "update": asdict(update),
-            "frames": [_size(each) for each in frames],
+            "frames": [frame.nbytes if isinstance(frame, np.ndarray) else len(frame) for frame in frames],
         }
         packed = json.dumps(header).encode()
         try:
             with beside.open("wb") as file:
                 file.write(len(packed).to_bytes(8, "little") + packed)
                 for frame in frames:
-                    file.write(memoryview(frame))
+                    file.write(frame.data if isinstance(frame, np.ndarray) else frame)
                 file.flush()
                 os.fsync(file.fileno())
             beside.rename(path)
@@ -369,10 +381,6 @@ def _header(data: bytes) -> tuple[WeightsUpdate, list[int], int]:
 
 def _length(data: bytes) -> int:
     return int.from_bytes(data[:8], "little")
-
-
-def _size(frame: Buffer) -> int:
-    return memoryview(frame).nbytes
 
 
 def _sync(folder: Path) -> None:

@@ -40,6 +40,9 @@ class Head:
     error: dict[str, Any] | None = None
 
 
+Step = tuple[WeightsUpdate, list["ray.ObjectRef"]]
+
+
 @dataclass(frozen=True)
 class Order:
     """What a replica should serve next, and how to get there from what it holds.
@@ -53,7 +56,7 @@ class Order:
     """
 
     version: int
-    steps: list[tuple[WeightsUpdate, list[ray.ObjectRef]]]
+    steps: list[Step]
     deadline_s: float
     alone: bool = True
 
@@ -79,3 +82,12 @@ class VersionRow:
     status: Literal["published", "refused", "promoted", "rolled_back", "pinned", "released"]
     reason: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a candidate: `reason` names the limit that it broke, or what it was compared with."""
+
+    promote: bool
+    reason: str
+    metrics: dict[str, float]

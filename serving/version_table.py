@@ -55,6 +55,11 @@ class VersionTable:
         newest = max((version for version in self._published if self._followed(version)), default=None)
         return newest if newest is not None and newest not in self._judged and newest != self.current else None
 
+    @property
+    def needed(self) -> set[int]:
+        """Versions that may have to be served or judged without being published again."""
+        return {self.current, max(self._allowed(), default=self.current), self.candidate or self.current}
+
     def apply(self, row: VersionRow) -> None:
         """What a row changes."""
         if row.status == "published":

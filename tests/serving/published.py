@@ -20,8 +20,10 @@ Sent = tuple[list[memoryview], WeightsUpdate]
 class Trainer:
     """Publishes versions 1, 2, 3 of a model, and remembers the weights of each."""
 
-    def __init__(self, *, key: bytes | None = KEY, seed: int = 0, size: int = 40) -> None:
-        self.weights = {0: model(seed, size=size)}
+    def __init__(
+        self, *, key: bytes | None = KEY, seed: int = 0, size: int = 40, start: dict[str, Tensor] | None = None
+    ) -> None:
+        self.weights = {0: start or model(seed, size=size)}
         self.sender = DeltaSender(key=key)
         self.sender.seed(self.weights[0].items(), 0)
         self.version = 0
