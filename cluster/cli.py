@@ -202,6 +202,36 @@ def stop(job: JobArgument, address: ClusterOption) -> None:
     raise SystemExit(followed(jobs.stop(job, address)))
 
 
+UrlOption = Annotated[str, typer.Option(help="of `headrace serve`, for example http://127.0.0.1:8000")]
+KeyOption = Annotated[
+    str | None, typer.Option(envvar="HEADRACE_API_KEY", help="an API key with the scope admin, where keys are set")
+]
+
+
+@app.command()
+def pin(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a number, or latest to follow training again")],
+    url: UrlOption = "http://127.0.0.1:8000",
+    key: KeyOption = None,
+) -> None:
+    """Let a serving application stay at a version, or follow training again."""
+    from cluster import versions_command
+
+    print(versions_command.pin(url, version, key))
+
+
+@app.command()
+def rollback(
+    version: Annotated[int, typer.Argument(min=0, metavar="VERSION", help="older than the one that is served")],
+    url: UrlOption = "http://127.0.0.1:8000",
+    key: KeyOption = None,
+) -> None:
+    """Let a serving application go back to an older version and stay there, until `headrace pin latest`."""
+    from cluster import versions_command
+
+    print(versions_command.rollback(url, version, key))
+
+
 def followed(work: Coroutine[Any, Any, T]) -> T:
     """Watch what happens elsewhere: Ctrl-C ends the watching alone."""
     try:

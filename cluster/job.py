@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a simulation brings its own
     from cluster.resume import Resumption
     from cluster.run_log import RunLog
     from cluster.scaling import Scaling
+    from cluster.serving import ServingLink
     from learner.group import LearnerGroup
 
 
@@ -57,6 +58,7 @@ class Job:
     resumption: Resumption | None = None  # None: a fresh run
     standing: dict[str, Any] = field(default_factory=dict)  # when the newest batch was chosen, or at the start
     scaling: Scaling | None = None  # with rollout.autoscale
+    serving: ServingLink | None = None  # with `serving`
     leaving: dict[str, float] = field(default_factory=dict)  # ids of nodes that drain -> when they go, on our clock
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits

@@ -25,6 +25,7 @@ from cluster.reproducible import decisive_settings
 from cluster.resume import restore, resumption
 from cluster.run_log import RunLog, write_json, write_whole
 from cluster.scaling import Scaling
+from cluster.serving import ServingLink, find_keeper
 from cluster.trackers import Trackers, start_trackers
 from cluster.trackers.ray_metrics import RayMetrics, watch
 from contracts.config import Config, dump
@@ -35,6 +36,7 @@ from learner import checkpoint as checkpoints
 from learner.experience_queue import ExperienceQueue, StalenessBound
 from models import bundled
 from models.engine_adapters import AdapterSettings
+from serving.archive import weights_key
 
 
 async def prepare(
@@ -84,7 +86,8 @@ async def prepare(
     log.on_row = lambda row: shown(row, trackers, measured)
     version = saved.step if saved else 0
     path, adapters = policy_to_start_from(config, base_path, saved)
-    key = secrets.token_bytes(32)  # who does not have it can send no weights
+    # Who does not have it can send no weights. A serving application outlives runs, and so does its key.
+    key = weights_key(config.output_dir / "serving") if config.serving else secrets.token_bytes(32)
     pool = RolloutPool(
         config.model,
         config.rollout,
@@ -155,6 +158,15 @@ async def prepare(
     job.standing = standing(job, job.version)
     if config.rollout.autoscale is not None:
         job.scaling = Scaling(job, config.rollout.autoscale)
+    if (serving := config.serving) is not None:
+        deadline_s = config.deadlines.weights_s
+        job.serving = ServingLink(
+            lambda: find_keeper(serving, deadline_s=deadline_s),
+            learner.keyframe,
+            deadline_s=deadline_s,
+            on_event=log.event,
+        )
+        stack.push_async_callback(job.serving.finish)
     stack.callback(asyncio.create_task(watch(job, measured)).cancel)
     return job
 

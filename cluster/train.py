@@ -184,11 +184,13 @@ async def next_batch(job: Job) -> list[ScoredGroup] | None:
 
 
 async def publish(job: Job, version: int) -> dict[str, Any]:
-    """Weights of `version` out to the rollout engines; groups may start at it as soon as one has it."""
+    """Weights of `version` out to serving and the rollout engines; groups may start at it as soon as one has it."""
     began = now()
     job.progress.waiting(f"the learner to publish version {version}")
     update, payload = await job.learner.publish(version)
     job.pool.publish(update, payload)
+    if job.serving is not None:
+        job.serving.publish((update, payload))
     job.version = job.choosing = version
     await job.notify()
     return {

@@ -1,0 +1,102 @@
+"""Training publishes into a serving application on the same cluster, and is never held up by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from actors.delivery import Published
+from contracts.events import Event, first_line
+from contracts.serving import ServingConfig
+from contracts.waiting import NoAnswer, answer
+
+_WHO = "the serving application"
+
+
+def application_name(config: ServingConfig) -> str:
+    """One application a name; training finds it by this."""
+    return f"headrace-serving-{config.name}"
+
+
+async def find_keeper(config: ServingConfig, *, deadline_s: float) -> Any:
+    """The version keeper of the running application.
+
+    Raises:
+        RayServeException: there is none.
+        NoAnswer: Ray Serve did not say.
+    """
+    found = asyncio.to_thread(serve.get_deployment_handle, "versions", application_name(config), _check_exists=True)
+    return await answer(found, who="Ray Serve", asked=f"find {application_name(config)}", deadline_s=deadline_s)
+
+
+class ServingLink:
+    """Sends each published version to the keeper, one at a time, beside the training.
+
+    A version that comes while another is on its way is not sent by itself: a keyframe of the newest follows. The same
+    after a failure: the next version is tried with a keyframe.
+
+    Args:
+        keeper: finds the version keeper; called before each version until it was found.
+        keyframe: the newest version, complete in itself (`LearnerGroup.keyframe`).
+    """
+
+    def __init__(
+        self,
+        keeper: Callable[[], Awaitable[Any]],
+        keyframe: Callable[[], Awaitable[Published]],
+        *,
+        deadline_s: float,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._find, self._keyframe, self._deadline_s, self._on_event = keeper, keyframe, deadline_s, on_event
+        self._keeper: Any = None
+        self._sending: asyncio.Task[None] | None = None
+        self._behind = False  # a version came while another was on its way
+        self._complete = False  # the next has to be a keyframe
+
+    def publish(self, published: Published) -> None:
+        """Begin to send a version, and return at once."""
+        if self._sending is not None and not self._sending.done():
+            self._behind = True
+            return
+        self._sending = asyncio.ensure_future(self._send(published))
+
+    async def finish(self) -> None:
+        """Wait until what is on its way has arrived, or failed: each part of it has a deadline."""
+        if self._sending is not None:
+            await self._sending
+
+    async def _send(self, published: Published) -> None:
+        version = published[0].version
+        while True:
+            try:
+                if self._complete or self._behind:
+                    self._behind = False
+                    published = await self._keyframe()
+                version = published[0].version
+                wants_keyframe = await self._sent(published)
+            except (NoAnswer, RayError, RayServeException, OSError, ValueError) as error:
+                self._complete, self._keeper = True, None
+                consequence = f"it does not have version {version}, and gets the next one with a keyframe"
+                self._on_event(Event("refusal", _WHO, first_line(error), consequence))
+                return
+            self._complete = wants_keyframe
+            if not self._behind and (not wants_keyframe or published[0].is_keyframe):
+                return
+
+    async def _sent(self, published: Published) -> bool:
+        update, payload = published
+        if self._keeper is None:
+            self._keeper = await self._find()
+        wants_keyframe: bool = await answer(
+            self._keeper.publish.remote(update, payload),
+            who=_WHO,
+            asked=f"take version {update.version}",
+            deadline_s=self._deadline_s,
+        )
+        return wants_keyframe
