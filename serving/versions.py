@@ -49,7 +49,10 @@ class VersionKeeper:
         folder: `output_dir/serving`, for the history, the events and the archive of weights.
         start: what replicas load when they start.
         key: signs the frames, see `serving.archive.weights_key`.
-        gate: the deployment `serving.gate.Gate`, where there is one.
+        gate: the deployment that judges versions (`holds`, `judge`), where `serving.gate` is set.
+
+    Raises:
+        ValueError: `serving.gate` is set and there is none.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class VersionKeeper:
         key: bytes | None = None,
         gate: DeploymentHandle | None = None,
     ) -> None:
+        if config.gate is not None and gate is None:
+            raise ValueError("serving.gate is set and no gate runs: nothing may be served that it has not judged")
         self._config, self._start, self._gate = config, start, gate
         self._archive = Archive(
             folder / "weights",

@@ -18,6 +18,7 @@ from actors.applications import delete_applications, run_application
 from contracts.serving import GateConfig, ServingConfig
 from models.engine_shadow import policy_tensors
 from models.weight_stream import DeltaError, DeltaReceiver
+from models.weights import digest
 from serving.records import StartWeights, Verdict
 from serving.versions import VersionKeeper
 from tests.conftest import RunCoroutine
@@ -92,7 +93,7 @@ class Replica:
                 self.version = order.version
                 self.served.append(order.version)
                 expected = self._trainer.weights[order.version]
-                assert all(self.tensors[name].equal(expected[name]) for name in expected)
+                assert digest(self.tensors) == digest(expected)
             self.draining = False
             await self._keeper.served.remote(self.slot, self.name, self.version, error)
 
@@ -251,7 +252,13 @@ def test_a_refused_delta_is_followed_by_a_keyframe(tiny_model: Path, tmp_path: P
             live.damage_next = True
             await all_.publish(1)
             await all_.until_all_serve(1)
-            events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+            path = tmp_path / "events.jsonl"
+
+            async def both_told() -> bool:
+                return len(path.read_text().splitlines()) == 2
+
+            await until(both_told)
+            events = [json.loads(line) for line in path.read_text().splitlines()]
             assert [event["event"] for event in events] == ["refusal", "rollover"]
             assert "weights version 1 from the keeper refused" in events[0]["cause"]
 
