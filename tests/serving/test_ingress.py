@@ -42,9 +42,8 @@ def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Connect:
         scorers = {"length": (2.0, fair), "again": (1.0, fair)}
         desk = Desk(config, tmp_path, live, keeper, {3: pinned}, scorers)  # type: ignore[arg-type, dict-item]
         app = build_app(desk)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         transport = httpx.ASGITransport(app, client=(peer, 5000), root_path=prefix)
-        async with AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=headers) as client:
+        async with AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
             yield client
         desk.store.close()
 

@@ -14,8 +14,8 @@ import openai
 import pytest
 import ray
 from ray import serve
+from ray.serve.config import HTTPOptions
 
-from actors.applications import delete_applications
 from contracts.serving import ServingConfig
 from serving.ingress import Ingress
 from tests.conftest import RunCoroutine
@@ -43,7 +43,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(ray_session: object, run: RunCoroutine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("scripted")
     config = ServingConfig.model_validate({"request_s": 30, "first_token_retries": 2, "replicas": {"max_replicas": 2}})
     checks = {"health_check_period_s": 0.5, "health_check_timeout_s": 5, "graceful_shutdown_timeout_s": 1}
@@ -58,12 +58,14 @@ def served(ray_session: object, run: RunCoroutine, tmp_path_factory: pytest.Temp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.shutdown()  # the session's has no HTTP proxy, as that of a training run
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, location="HeadOnly"))
     serve.run(app, name=NAME, route_prefix="/scripted")
     url = f"http://127.0.0.1:{port}/scripted"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=40)
     yield Served(url, folder, client)
-    run(delete_applications(NAME, deadline_s=60))
+    serve.shutdown()
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
 
 def until(condition: object, timeout_s: float = 15) -> None:
