@@ -77,7 +77,7 @@ class Desk:
     def submit(self, annotator_id: int, vote: views.Vote) -> dict[str, Any]:
         left = self.store.shown_left(annotator_id, vote.lease_id)
         receipt: Receipt = self.store.submit(annotator_id, vote.task_id, vote.judgment(left), lease_id=vote.lease_id)
-        return views.receipt(receipt, left)
+        return views.receipt(receipt, left, skipped=vote.choice == "skip")
 
     def undo(self, annotator_id: int, judgment_id: int, key: str) -> dict[str, Any]:
         given = self.store.undo(annotator_id, judgment_id, idempotency_key=key, lease_s=self.config.lease_s)

@@ -68,6 +68,13 @@ def test_labels_and_ratings_take_values(store: Store, place: Path, join: Join) -
     ]
 
 
+def test_a_skip_does_not_say_who_wrote_what(pair: Add, join: Join) -> None:
+    pair()
+    anna = join("anna")
+    status, receipt = anna.vote(anna.next(), choice="skip")
+    assert (status, receipt["weights_versions"]) == (200, None)
+
+
 def test_sent_again_it_is_one_vote(place: Path, pair: Add, join: Join) -> None:
     pair()
     anna = join("anna")
