@@ -177,8 +177,9 @@ def build(store_place: str, **settings: Any) -> serve.Application:
         return labelling_app(config)
 
     door = serve.ingress(in_the_replica)
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         door(), name="labelling", num_replicas=1, max_ongoing_requests=512,
         ray_actor_options={"num_cpus": 0.1},
     )  # fmt: skip
-    return deployment.bind()
+    application: serve.Application = deployment.bind()
+    return application

@@ -146,7 +146,7 @@ def test_what_may_offend_is_marked(pair: Add, join: Join, tmp_path: Path, store:
     assert task["prompt"]["offensive"] is True
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, object], int, str, str]] = {
     "an impossible choice": ({"choice": "a"}, 422, "bad_choice", "left, right, tie"),
     "no answer": ({}, 422, "bad_choice", "choice"),
     "a value for a pair": ({"value": 1}, 422, "bad_choice", "choice"),
