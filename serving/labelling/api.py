@@ -77,7 +77,7 @@ class Desk:
     def submit(self, annotator_id: int, vote: views.Vote) -> dict[str, Any]:
         left = self.store.shown_left(annotator_id, vote.lease_id)
         receipt: Receipt = self.store.submit(annotator_id, vote.task_id, vote.judgment(left), lease_id=vote.lease_id)
-        return views.receipt(receipt, left)
+        return views.receipt(receipt, left, skipped=vote.choice == "skip")
 
     def undo(self, annotator_id: int, judgment_id: int, key: str) -> dict[str, Any]:
         given = self.store.undo(annotator_id, judgment_id, idempotency_key=key, lease_s=self.config.lease_s)
@@ -177,8 +177,9 @@ def build(store_place: str, **settings: Any) -> serve.Application:
         return labelling_app(config)
 
     door = serve.ingress(in_the_replica)
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         door(), name="labelling", num_replicas=1, max_ongoing_requests=512,
         ray_actor_options={"num_cpus": 0.1},
     )  # fmt: skip
-    return deployment.bind()
+    application: serve.Application = deployment.bind()
+    return application

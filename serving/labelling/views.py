@@ -74,15 +74,18 @@ def task(given: Assignment, offensive: frozenset[str]) -> dict[str, Any]:
     }
 
 
-def receipt(given: Receipt, left: Literal["a", "b"] | None) -> dict[str, Any]:
-    """What is on disk, and which weights wrote what was shown, in the order of the task's responses."""
+def receipt(given: Receipt, left: Literal["a", "b"] | None, *, skipped: bool) -> dict[str, Any]:
+    """What is on disk, and which weights wrote what was shown, in the order of the task's responses.
+
+    After a skip `weights_versions` is null: who wrote what stays hidden until there is a vote.
+    """
     versions = [given.weights_version_a, given.weights_version_b]
     shown = versions[:1] if left is None else versions[::-1] if left == "b" else versions
     return {
         "judgment_id": given.judgment_id,
         "task_id": given.task_id,
         "repeated": given.repeated,
-        "weights_versions": shown,
+        "weights_versions": None if skipped else shown,
     }
 
 

@@ -311,8 +311,8 @@ function told(task, said, versions) {
   const name = { left: "Response 1", right: "Response 2", tie: "Tie", both_bad: "Both bad", skip: "Skipped" };
   const what = said.choice ? name[said.choice] : task.kind === "label" ? ["Bad", "Good"][said.value] : `${said.value} of ${task.scale}`;
   const writer = (version) => (version === null ? "from a file" : `written by version ${version}`);
-  const who = versions.map((version, index) => (task.kind === "pair" ? `Response ${index + 1} was ` : "It was ") + writer(version));
-  $("last").textContent = `Saved: ${what}. ${who.join(", ")}.`;
+  const who = (versions ?? []).map((version, index) => (task.kind === "pair" ? `Response ${index + 1} was ` : "It was ") + writer(version));
+  $("last").textContent = [`Saved: ${what}.`, ...(who.length ? [`${who.join(", ")}.`] : [])].join(" ");
   $("last-line").hidden = false;
   $("undo").hidden = false;
 }

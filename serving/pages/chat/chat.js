@@ -201,9 +201,9 @@ function thumbs(answerId) {
   const outcome = element("span", { className: "outcome" });
   outcome.setAttribute("role", "status");
   const keys = { up: newKey(), down: newKey() }; // of what is sent again the same one
-  const buttons = [["up", "👍", "Good answer"], ["down", "👎", "Bad answer"]].map(([thumb, sign, name]) => {
-    const button = element("button", { type: "button", textContent: sign, title: name });
-    button.setAttribute("aria-label", name);
+  const buttons = [["up", "Good"], ["down", "Bad"]].map(([thumb, text]) => {
+    const button = element("button", { type: "button", className: `thumb ${thumb}`, textContent: text });
+    button.setAttribute("aria-label", `${text} answer`);
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", async () => {
       for (const each of buttons) each.disabled = true;

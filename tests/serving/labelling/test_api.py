@@ -68,6 +68,13 @@ def test_labels_and_ratings_take_values(store: Store, place: Path, join: Join) -
     ]
 
 
+def test_a_skip_does_not_say_who_wrote_what(pair: Add, join: Join) -> None:
+    pair()
+    anna = join("anna")
+    status, receipt = anna.vote(anna.next(), choice="skip")
+    assert (status, receipt["weights_versions"]) == (200, None)
+
+
 def test_sent_again_it_is_one_vote(place: Path, pair: Add, join: Join) -> None:
     pair()
     anna = join("anna")
@@ -139,7 +146,7 @@ def test_what_may_offend_is_marked(pair: Add, join: Join, tmp_path: Path, store:
     assert task["prompt"]["offensive"] is True
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, object], int, str, str]] = {
     "an impossible choice": ({"choice": "a"}, 422, "bad_choice", "left, right, tie"),
     "no answer": ({}, 422, "bad_choice", "choice"),
     "a value for a pair": ({"value": 1}, 422, "bad_choice", "choice"),

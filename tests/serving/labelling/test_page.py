@@ -117,6 +117,7 @@ def test_keys_undo_and_what_is_said_beside(place: Path, pair: Add, sign_in: Open
         saved(page, f"Saved: {text}.", answered)
     page.keyboard.press("s")
     expect(page.locator("#counts")).to_contain_text("1 skipped")
+    expect(page.locator("#last")).to_have_text("Saved: Skipped.")
     found = judgments(place)
     assert [row[2] for row in found] == ["vote", "undo", "vote", "vote", "vote", "vote"]
     assert [row[3] for row in found[3:]] == ["tie", "both_bad", "skip"]
@@ -186,7 +187,7 @@ def test_an_answer_that_got_lost_is_one_vote(arrived: bool, place: Path, pair: A
     lost = []
 
     def lose(route: Route) -> None:
-        lost.append(route.request.post_data_json["idempotency_key"])
+        lost.append(route.request.post_data)
         if arrived:
             route.fetch()
         route.abort()
