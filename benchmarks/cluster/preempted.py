@@ -97,7 +97,7 @@ def _add(cluster: NodeCluster) -> None:
         try:
             cluster.add(num_cpus=1, resources={"rollout": 1.0})
             return
-        except Exception as error:  # noqa: BLE001 Ray raises nothing more special
+        except Exception as error:  # Ray raises nothing more special
             if attempt == _ATTEMPTS:
                 raise
             print(f"a node did not come up, another is started: {error}", file=sys.stderr)
