@@ -155,7 +155,7 @@ class DeadlinesConfig(Section):
 
     start_s: Positive = Field(default=600.0, description="a worker starts and loads its model")
     place_s: Positive = Field(
-        default=60.0, description="Ray has a node for a rollout worker; then what is missing is told, and it waits on"
+        default=60.0, description="Ray has a node for a worker; then what is missing is told, and it waits on"
     )
     lease_s: Positive = Field(default=600.0, description="one response, queueing in the engine included")
     silent_s: Positive = Field(

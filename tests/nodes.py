@@ -19,6 +19,8 @@ _HEALTH = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
+    # On a loaded machine Ray's agents come late, and a node would be given up after 30 s.
+    "RAY_agent_register_timeout_ms": "120000",
 }
 _STORE_BYTES = 100 << 20
 

@@ -32,6 +32,7 @@ WITHOUT = {
     "learner/group.py _once: asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)": "each is in answer()",
     "learner/group.py _once: calls": "each is in answer(), and was cancelled",
     "learner/group.py _once: [watcher] if watcher else []": "it was cancelled",
+    "learner/places.py reserve: self._missing(self._bundle)": "actors.placement.missing, which waits in answer()",
     "learner/ranks.py alone: dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)": "nobody "
     "else is in the group",
     "models/engine.py _final_output: self._llm.generate(prompt, params, request_id, lora_request=lora_request)": "the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from tests.nodes import NodeCluster
 
 WORKERS, PLACES, BATCH = 4, 16, 64
 LEARN_S = 1.0
+_ATTEMPTS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +87,20 @@ def _strike(arguments: argparse.Namespace, cluster: NodeCluster, ended: Callable
             if is_kill:
                 cluster.kill(node)
             else:
-                cluster.add(num_cpus=1, resources={"rollout": 1.0})
+                _add(cluster)
         due += arguments.every_s
+
+
+def _add(cluster: NodeCluster) -> None:
+    """Again where the machine is so loaded that Ray gives a raylet up, which it does after 30 s."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            cluster.add(num_cpus=1, resources={"rollout": 1.0})
+            return
+        except Exception as error:  # Ray raises nothing more special
+            if attempt == _ATTEMPTS:
+                raise
+            print(f"a node did not come up, another is started: {error}", file=sys.stderr)
 
 
 def _slept_until(due: float, ended: Callable[[], bool]) -> bool:
