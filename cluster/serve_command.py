@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
 from actors.applications import delete_application, run_application
@@ -190,7 +190,7 @@ async def _start_http(serving: ServingConfig, *, deadline_s: float) -> None:
         ConfigError: Serve runs on this cluster without one, and cannot get one any more.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    options = HTTPOptions(host=serving.host, port=serving.port, location="HeadOnly")
+    options = HTTPOptions(host=serving.host, port=serving.port, location=ProxyLocation.HeadOnly)
     start = asyncio.to_thread(serve.start, http_options=options, logging_config={"log_level": "ERROR"})
     await answer(start, who="Ray Serve", asked="start", deadline_s=deadline_s)
     status = await answer(asyncio.to_thread(serve.status), who="Ray Serve", asked="start", deadline_s=deadline_s)

@@ -60,9 +60,12 @@ def build(
         ValueError: the key in `folder` cannot be read.
     """
     key = weights_key(folder)
-    checks = {"health_check_period_s": _CHECK_PERIOD_S, "health_check_timeout_s": health_s}
+    checks: dict[str, Any] = {"health_check_period_s": _CHECK_PERIOD_S, "health_check_timeout_s": health_s}
     # What runs is finished before a process ends; an answer takes no longer than request_s.
-    finishing = {"graceful_shutdown_timeout_s": config.request_s + _STOP_MARGIN_S, "graceful_shutdown_wait_loop_s": 0.5}
+    finishing: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": config.request_s + _STOP_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
     keeper: Any = serve.deployment(
         VersionKeeper,
         name="versions",

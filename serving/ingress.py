@@ -87,7 +87,7 @@ def build_app(desk: Desk) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await known(request, refusal(error.errors()))
+        return await known(request, refusal(list(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:

@@ -79,7 +79,7 @@ class _Running:
 class PolicyReplica:
     """The deployments `live` and `pinned-VERSION`; `versions` is that of the keeper."""
 
-    async def __init__(self, settings: ReplicaSettings, versions: DeploymentHandle) -> None:
+    async def __init__(self, settings: ReplicaSettings, versions: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = settings
         self._versions = versions
         self._name: str = serve.get_replica_context().replica_id.unique_id
@@ -119,12 +119,10 @@ class PolicyReplica:
                 answered = await self._handlers.answer(request.kind, request.body, answer_id=request.answer_id)
         except (TimeoutError, Refused) as error:
             # vLLM answers what was cancelled with an error of its own.
-            refused = isinstance(error, Refused) and not deadline.expired()
-            yield (
-                Head(error.status, self._engine.version, self._name, error=error.error)
-                if refused
-                else self._late(request)
-            )
+            if isinstance(error, Refused) and not deadline.expired():
+                yield Head(error.status, self._engine.version, self._name, error=error.error)
+            else:
+                yield self._late(request)
             return
         except WeightsError:
             yield self._elsewhere()

@@ -9,6 +9,7 @@ from tests.waits import ANSWERING, Reading, Wait, read
 ROOT = Path(__file__).parents[1]
 ROOMS = ("contracts", "models", "actors", "learner", "serving", "cluster")
 
+_CHANGING = "a lock held for work on files of this process, not for an answer of another"
 # Waits without a deadline of their own, and why that is right. All of them are waits for something in this process,
 # which itself waits with a deadline, or for what is meant to last as long as the run.
 WITHOUT = {
@@ -65,6 +66,22 @@ WITHOUT = {
     "serving/replica.py _answered: aclosing(answered.parts)": "a generator of this process",
     "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",
     "serving/replica.py _answered: asyncio.timeout_at(expires)": "it is the deadline",
+    "cluster/serving.py finish: self._sending": "each thing that `_send` waits for has a deadline",
+    "cluster/serving.py _sent: self._find()": "find_keeper has deadlines.weights_s",
+    "cluster/versions_command.py _post: urllib.request.Request(f\"{url.rstrip('/')}/v1/versions/{what}\", "
+    "json.dumps(body).encode(), headers)": "it makes the request; urlopen sends it",
+    "serving/door.py __call__: self._app(scope, _replayed(body, receive), count)": "routes, each with request_s",
+    "serving/door.py __call__: self._app(scope, receive, send)": "the start and end of the app itself",
+    "serving/door.py count: send(message)": "Serve's proxy, which ends what a client left",
+    "serving/door.py _body: receive()": "Serve's proxy, which ends what a client left",
+    "serving/door.py replay: receive()": "Serve's proxy, which ends what a client left",
+    "serving/door.py __call__: JSONResponse({'error': error.error}, error.status, error.headers)"
+    "(scope, receive, count)": "Serve's proxy, for the same reason",
+    "serving/versions.py publish: self._changing": _CHANGING,
+    "serving/versions.py pin: self._changing": _CHANGING,
+    "serving/versions.py rollback: self._changing": _CHANGING,
+    "serving/versions.py _steps: self._changing": _CHANGING,
+    "serving/versions.py _judge_all: self._changing": _CHANGING,
     "serving/rollover.py _emptied: end()": "it aborts a request: a message is sent, nobody answers it",
 }
 

@@ -123,7 +123,8 @@ async def test_a_body_that_is_no_json_object(connect: Connect) -> None:
 
 async def test_prompts_of_completions(connect: Connect) -> None:
     async with connect() as client:
-        for bad in ("", [], ["a", ""], [[]], [-1], 7, [1, "a"]):
+        bad_ones: tuple[object, ...] = ("", [], ["a", ""], [[]], [-1], 7, [1, "a"])
+        for bad in bad_ones:
             error(await client.post("/v1/completions", json={"model": "policy", "prompt": bad}), 400)
         for good in ("hello", ["a", "b"], [5, 6], [[5], [6]]):
             answer = await client.post("/v1/completions", json={"model": "policy", "prompt": good})
@@ -133,7 +134,13 @@ async def test_prompts_of_completions(connect: Connect) -> None:
 
 
 async def test_fields_of_clients_that_change_nothing_are_taken(connect: Connect) -> None:
-    more = {"user": "u", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True}
+    more: dict[str, Any] = {
+        "user": "u",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+    }
     async with connect() as client:
         assert (await ask(client, **more, logprobs=None, response_format={"type": "text"})).status_code == 200
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 
 from contracts.serving import ServingConfig
 from serving.ingress import Ingress
@@ -33,7 +34,7 @@ class Served:
     client: openai.OpenAI
 
     def chat(self, text: str, **more: object) -> object:
-        return self.client.chat.completions.create(  # type: ignore[call-overload, no-any-return]
+        return self.client.chat.completions.create(  # type: ignore[call-overload]
             model="policy", messages=[{"role": "user", "content": text}], **more
         )
 
@@ -47,19 +48,21 @@ def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("scripted")
     config = ServingConfig.model_validate({"request_s": 30, "first_token_retries": 2, "replicas": {"max_replicas": 2}})
     checks = {"health_check_period_s": 0.5, "health_check_timeout_s": 5, "graceful_shutdown_timeout_s": 1}
-    replica = serve.deployment(ScriptedReplica)
+    replica: Any = serve.deployment(ScriptedReplica)
     live = replica.options(
         name="live", num_replicas=2, max_ongoing_requests=16, ray_actor_options=SMALL, **checks
     ).bind(folder)
     pinned = replica.options(name="pinned-3", ray_actor_options=SMALL, **checks).bind(folder, 3)
-    keeper = serve.deployment(ScriptedKeeper).options(name="versions", ray_actor_options=SMALL).bind(2)
-    door = serve.deployment(Ingress).options(name="ingress", max_ongoing_requests=10_000, ray_actor_options=SMALL)
+    keepers: Any = serve.deployment(ScriptedKeeper)
+    doors: Any = serve.deployment(Ingress)
+    keeper = keepers.options(name="versions", ray_actor_options=SMALL).bind(2)
+    door = doors.options(name="ingress", max_ongoing_requests=10_000, ray_actor_options=SMALL)
     app = door.bind(config, folder, live, keeper, {3: pinned})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.shutdown()  # the session's has no HTTP proxy, as that of a training run
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, location="HeadOnly"))
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, location=ProxyLocation.HeadOnly))
     serve.run(app, name=NAME, route_prefix="/scripted")
     url = f"http://127.0.0.1:{port}/scripted"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=40)
@@ -119,7 +122,7 @@ def test_a_request_whose_replica_dies_before_its_first_token_is_answered(
 
 def test_a_stream_that_had_begun_ends_with_an_error(served: Served) -> None:
     stream = served.chat("die-midway", stream=True)
-    texts = []
+    texts: list[str | None] = []
     with pytest.raises(openai.APIError, match="its replica was lost"):
         texts.extend(chunk.choices[0].delta.content for chunk in stream)  # type: ignore[attr-defined]
     assert texts == WORDS[: len(texts)]

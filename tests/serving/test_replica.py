@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,9 @@ class Rig:
 
     async def stream(
         self, body: dict[str, Any], *, deadline_s: float = 60.0, answer_id: str = "answer-1"
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         kind: Any = "chat" if "messages" in body else "completion"
-        response = self.live.answer.remote(PolicyRequest(kind, body, answer_id, deadline_s))
+        response: Any = self.live.answer.remote(PolicyRequest(kind, body, answer_id, deadline_s))
         try:
             async for part in response:
                 yield part
@@ -282,7 +282,7 @@ def test_a_draining_replica_that_is_not_alone_sends_requests_elsewhere(rig: Rig)
         long = asyncio.create_task(rig.ask(chat(stream=True, max_tokens=LONG)))
         await asyncio.sleep(0.1)
         giving = asyncio.ensure_future(_call(rig.keeper.give, rig.order(rig.to_2, alone=False)))
-        asked = []
+        asked: list[Any] = []
         while not giving.done() and not (asked and asked[-1].head.draining):
             asked.append(await rig.ask(chat(max_tokens=1)))
         outcome = await giving

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.serve_command import check_serving, find_policy
-from contracts.config import Config, ConfigError, validate
+from contracts.config import Config, ConfigError
+from contracts.loading import validate
 from contracts.serving import ServingConfig
 from learner import checkpoint as checkpoints
 from tests.cluster.test_train import write_config, write_project
