@@ -76,6 +76,8 @@ def check_serving(config: Config) -> ServeJob:
         ConfigError: one line that names the field and what to do.
     """
     serving = config.serving or ServingConfig()
+    if serving.gate is not None:
+        raise ConfigError("serving.gate: nothing judges versions yet: leave it out, and pin or roll back by hand")
     serving = serving.model_copy(update={"keys": serving.keys.resolve() if serving.keys else None})
     if config.ray.address is None:
         check_vllm(on_gpu=serving.replicas.num_gpus > 0)

@@ -44,7 +44,8 @@ class Answer:
 class OpenAIHandlers:
     """Answers OpenAI requests with `engine`, which calls itself `name` in them; on the engine's event loop.
 
-    Without `max_tokens` a request gets what fits behind its prompt, and none gets more than `most_tokens`.
+    Without `max_tokens` a chat gets what fits behind its prompt and a completion 16 tokens, the API's own default. None
+    gets more than `most_tokens`.
     """
 
     def __init__(self, engine: Engine, name: str, *, most_tokens: int) -> None:
@@ -77,8 +78,7 @@ class OpenAIHandlers:
         """
         salt = await self._engine.accepting()
         ours = {"model": None, "request_id": answer_id, "cache_salt": salt}
-        # vLLM's own default is 16 for completions.
-        created = await self._created(kind, {"max_tokens": None, **body, **ours})
+        created = await self._created(kind, body | ours)
         theirs = f'{{"id":{json.dumps(_PREFIX[kind] + answer_id)}'
         if isinstance(created, str):
             version = self._engine.version

@@ -196,11 +196,15 @@ def test_a_streamed_answer_is_the_whole_one_in_parts(rig: Rig) -> None:
 
 
 def test_an_answer_without_a_limit_has_that_of_the_configuration_or_what_fits(rig: Rig) -> None:
-    short = rig.run(rig.ask({"prompt": "A", "ignore_eos": True})).objects[0]["usage"]
+    short, long = (
+        rig.run(rig.ask({"messages": [{"role": "user", "content": text}], "ignore_eos": True})).objects[0]["usage"]
+        for text in ("A", "A" * 100)
+    )
     assert short["completion_tokens"] == MOST
-    long = rig.run(rig.ask({"prompt": "A" * 100, "ignore_eos": True})).objects[0]["usage"]
     assert long["prompt_tokens"] > 256 - MOST
     assert long["total_tokens"] == 256
+    completion = rig.run(rig.ask({"prompt": "A", "ignore_eos": True})).objects[0]["usage"]
+    assert completion["completion_tokens"] == 16  # the API's own default
 
 
 def test_completions_with_choices_seeds_and_logprobs(rig: Rig) -> None:

@@ -64,6 +64,11 @@ def test_a_checkpoint_or_a_folder_may_be_named(tmp_path: Path) -> None:
         find_policy(config, ServingConfig(model=str(saved.path)))
 
 
+def test_a_gate_that_nothing_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serving\.gate: nothing judges versions yet"):
+        check_serving(config_of(tmp_path, gate={"prompts": "none.jsonl"}))
+
+
 def test_what_cannot_be_served_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
