@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -19,6 +19,8 @@ from serving import administering, completing, judging
 from serving.desk import Desk, Scorer
 from serving.door import Door
 from serving.protocol import ApiError, refusal
+
+_CHAT_PAGE = Path(__file__).parent / "pages" / "chat"
 
 
 @serve.ingress()
@@ -59,6 +61,13 @@ class Ingress:
         return build_app(self._desk)
 
 
+def _giving(file: Path) -> Callable[[Request], Awaitable[FileResponse]]:
+    async def give(_: Request) -> FileResponse:
+        return FileResponse(file)
+
+    return give
+
+
 def build_app(desk: Desk) -> FastAPI:
     """All routes over one desk."""
 
@@ -73,6 +82,8 @@ def build_app(desk: Desk) -> FastAPI:
     app.state.desk = desk
     for module in (completing, judging, administering):
         app.include_router(module.router)
+    for file in sorted(_CHAT_PAGE.iterdir()):
+        app.add_route("/" if file.name == "index.html" else f"/{file.name}", _giving(file), include_in_schema=False)
     app.add_middleware(
         Door,
         keys=desk.keys,

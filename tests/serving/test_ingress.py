@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -119,6 +120,15 @@ async def test_a_body_that_is_no_json_object(connect: Connect) -> None:
         error(await client.post("/v1/score", content=chunks(), headers=kind), 413)
         assert "no such path" in error(await client.get("/v2/models"), 404)["message"]
         assert "GET is not for" in error(await client.get("/v1/score"), 405)["message"]
+
+
+async def test_the_chat_page_is_at_the_root(connect: Connect) -> None:
+    async with connect() as client:
+        page = await client.get("/")
+        assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        for name in re.findall(r'(?:src|href)="([^#"]+)"', page.text):
+            assert (await client.get(f"/{name}")).status_code == 200
+        assert "no such path" in error(await client.get("/other.html"), 404)["message"]
 
 
 async def test_prompts_of_completions(connect: Connect) -> None:

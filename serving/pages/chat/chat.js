@@ -209,7 +209,7 @@ function thumbs(answerId) {
       for (const each of buttons) each.disabled = true;
       outcome.textContent = "";
       try {
-        await call("v1/feedback", { answer_id: answerId, thumb, idempotency_key: keys[thumb] });
+        await call("v1/feedback", { id: answerId, kind: "thumbs", value: thumb, idempotency_key: keys[thumb] });
         button.setAttribute("aria-pressed", "true");
         outcome.textContent = "Thank you.";
       } catch (error) {

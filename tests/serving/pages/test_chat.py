@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from playwright.sync_api import Browser, Page, expect
 
+from serving.protocol import FeedbackRequest
 from tests.browser import check_readable, chromium, new_page
 from tests.serving.http import served
 
@@ -143,8 +144,8 @@ def test_thumbs(page: Page, policy: Policy) -> None:
     expect(page.locator(".outcome")).to_have_text("Thank you.")
     expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
     (thumb,) = policy.thumbs
-    assert thumb.keys() == {"answer_id", "thumb", "idempotency_key"}
-    assert (thumb["answer_id"], thumb["thumb"], len(thumb["idempotency_key"])) == ("answer of policy", "up", 32)
+    FeedbackRequest.model_validate(thumb)  # as the policy does
+    assert (thumb["id"], thumb["value"], len(thumb["idempotency_key"])) == ("answer of policy", "up", 32)
 
 
 def test_two_versions_side_by_side(page: Page, policy: Policy) -> None:
@@ -158,7 +159,7 @@ def test_two_versions_side_by_side(page: Page, policy: Policy) -> None:
     page.get_by_role("region", name="policy@1").get_by_role("button", name="Bad answer").click()
     expect(page.locator(".outcome", has_text="Thank you.")).to_have_count(1)
     (thumb,) = policy.thumbs
-    assert thumb["answer_id"] == "answer of policy@1"
+    assert thumb["id"] == "answer of policy@1"
     check_readable(page)
 
 
