@@ -33,7 +33,7 @@ from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer, answer
 from learner import checkpoint as checkpoints
 from models import bundled
-from serving.app import Policy, application_name, build
+from serving.app import Policy, build
 from serving.keys import load_keys
 from serving.records import StartWeights
 
@@ -136,7 +136,7 @@ def check_port(serving: ServingConfig) -> None:
 async def serve_policy(job: ServeJob, progress: Progress, stopping: StopRequest) -> None:
     """Serve until `stopping`; then what runs is finished, and nothing of the application is left."""
     config, serving = job.config, job.serving
-    name, deadlines = application_name(serving), config.deadlines
+    name, deadlines = serving.application, config.deadlines
     for note in job.notes:
         progress.warn(note)
     progress.phase(f"Loading {job.policy}")
@@ -173,7 +173,7 @@ async def _until_stopped(job: ServeJob, progress: Progress, stopping: StopReques
         if fixed:  # else a replica that is gone may just not be needed any more
             progress.warn(f"{event.who}: {event.cause}; {event.consequence}")
 
-    applications = {application_name(job.serving): "the policy"}
+    applications = {job.serving.application: "the policy"}
     watching = asyncio.create_task(watch(applications, on_event=tell, deadline_s=job.config.deadlines.silent_s))
     told = asyncio.create_task(stopping.wait())
     try:
@@ -207,7 +207,7 @@ async def _scorers(job: ServeJob) -> Mapping[str, tuple[float, Scorer]]:
     components = await launch.deploy_components(
         job.config,
         job.components,
-        f"{application_name(job.serving)}-score",
+        f"{job.serving.application}-score",
         trained_model=trained_reward_model(job.config.output_dir).resolve(),
     )
     score_s = job.config.deadlines.score_s
@@ -215,7 +215,7 @@ async def _scorers(job: ServeJob) -> Mapping[str, tuple[float, Scorer]]:
 
 
 async def _remove(job: ServeJob, *, deadline_s: float) -> None:
-    name = application_name(job.serving)
+    name = job.serving.application
     for each in (name, *(f"{name}-score-{component.name}" for component in job.components)):
         try:
             await delete_application(each, deadline_s=deadline_s)

@@ -18,11 +18,6 @@ from contracts.waiting import NoAnswer, answer
 _WHO = "the serving application"
 
 
-def application_name(config: ServingConfig) -> str:
-    """One application a name; training finds it by this."""
-    return f"headrace-serving-{config.name}"
-
-
 async def find_keeper(config: ServingConfig, *, deadline_s: float) -> Any:
     """The version keeper of the running application.
 
@@ -30,8 +25,8 @@ async def find_keeper(config: ServingConfig, *, deadline_s: float) -> Any:
         RayServeException: there is none.
         NoAnswer: Ray Serve did not say.
     """
-    found = asyncio.to_thread(serve.get_deployment_handle, "versions", application_name(config), _check_exists=True)
-    return await answer(found, who="Ray Serve", asked=f"find {application_name(config)}", deadline_s=deadline_s)
+    found = asyncio.to_thread(serve.get_deployment_handle, "versions", config.application, _check_exists=True)
+    return await answer(found, who="Ray Serve", asked=f"find {config.application}", deadline_s=deadline_s)
 
 
 class ServingLink:

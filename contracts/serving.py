@@ -92,6 +92,11 @@ class ServingConfig(Section):
     feedback: str | None = Field(default=None, description="file or URL; default: output_dir/serving/feedback.sqlite")
     answers_kept: PositiveInt = Field(default=10_000, description="newest answers that feedback can be given on")
 
+    @property
+    def application(self) -> str:
+        """The name of the Ray Serve application, by which training finds it."""
+        return f"headrace-serving-{self.name}"
+
     @field_validator("follow")
     @classmethod
     def _known(cls, value: str) -> str:

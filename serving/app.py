@@ -34,11 +34,6 @@ class Policy:
     max_context_tokens: int
 
 
-def application_name(config: ServingConfig) -> str:
-    """One application a name; it is found by this."""
-    return f"headrace-serving-{config.name}"
-
-
 def build(
     config: ServingConfig,
     policy: Policy,
@@ -48,7 +43,7 @@ def build(
     start_s: float,
     health_s: float,
 ) -> serve.Application:
-    """The whole application, to be run under `application_name(config)`.
+    """The whole application, to be run under `config.application`.
 
     Args:
         folder: `output_dir/serving`: the history, the weights, the feedback.
