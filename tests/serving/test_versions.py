@@ -25,7 +25,8 @@ from tests.conftest import RunCoroutine
 from tests.models.test_weight_stream import clone
 from tests.serving.published import KEY, Trainer
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+# Alone they take half a minute; after the whole fast suite the first one was seen to wait until its deadline.
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
 
 class Judge:
