@@ -15,12 +15,12 @@ from dataclasses import dataclass
 class Load:
     """What was measured since the last decision. Fractions are shares of time, 0 to 1.
 
-    `workers` is the number that there should be at the moment: those that are starting are in it. `ready` is how many
-    worked while this was measured, on the average; default: all of them. `free_places_fraction` counts their places,
-    not workers: requests go to the least loaded worker, so that each of many that are too many still has something to
-    do. `queue_blocked_fraction` is as large a share of the places as finished responses waited for room in the queue.
-    `samples_wanted` is the most samples that the staleness bound lets be open, (max_lag_steps + 1) * batch_size, or
-    what the run has left to do.
+    `workers` is the number that there should be at the moment: those that are `starting` are in it. `ready` is how
+    many worked while this was measured, on the average; default: all of them. `free_places_fraction` counts their
+    places, not workers: requests go to the least loaded worker, so that each of many that are too many still has
+    something to do. `queue_blocked_fraction` is as large a share of the places as finished responses waited for room
+    in the queue. `samples_wanted` is the most samples that the staleness bound lets be open,
+    (max_lag_steps + 1) * batch_size, or what the run has left to do.
 
     `cold_start_s` is how long a new worker takes until it serves, `remaining_s` how long the run goes on, and
     `worker_s_left` what it may still spend on workers, in worker-seconds, which are spent for `interval_s` at a time.
@@ -33,6 +33,7 @@ class Load:
     samples_wanted: int
     places_per_worker: int
     ready: float | None = None
+    starting: int = 0
     cold_start_s: float = 0.0
     remaining_s: float = math.inf
     worker_s_left: float = math.inf
@@ -93,8 +94,8 @@ class Steady:
     """Grows at once, and shrinks to the largest target of the last `keep_s` seconds.
 
     Starting a worker again costs the learner as long a wait as keeping it costs of the worker's time: it stays for as
-    long as a start takes, and a single quiet moment lets nobody go. What the limits, the bound or the money forbid
-    goes at once.
+    long as a start takes, and a single quiet moment lets nobody go. While some are starting nobody goes either: what
+    was measured is what those do who work already. What the limits, the bound or the money forbid goes at once.
     """
 
     def __init__(self, *, begun_s: float) -> None:
@@ -106,7 +107,7 @@ class Steady:
         while self._targets and self._targets[0][0] < at_s - keep_s:
             self._targets.popleft()
         self._targets.append((at_s, target))
-        largest = max(each for _, each in self._targets)
+        largest = math.inf if load.starting else max(each for _, each in self._targets)
         return int(max(target, min(largest, load.workers, most_workers(load, limits))))
 
 

@@ -74,6 +74,7 @@ class Scaling:
         return Load(
             workers=pool.size,
             ready=worker_s / self._step_s,
+            starting=pool.counts().starting,
             free_places_fraction=min(1.0, max(0.0, 1 - place_s / of_places_s)),
             learner_wait_fraction=self._wait_s / self._step_s,
             queue_blocked_fraction=min(1.0, self._blocked_s / of_places_s),

@@ -147,6 +147,13 @@ def test_workers_go_when_they_were_too_many_for_as_long_as_a_start_takes():
     assert steady.decide(replace(measured_with(4, 2.0), samples_wanted=64), limits, at_s=204, keep_s=100.0) == 1
 
 
+def test_nobody_goes_while_some_are_starting():
+    steady, limits, few = Steady(begun_s=-1000.0), Limits(1, 8), replace(measured_with(4, 2.0), ready=2.0, starting=2)
+    assert [steady.decide(few, limits, at_s=at_s, keep_s=1.0) for at_s in (10, 20)] == [4, 4]
+    assert steady.decide(replace(few, samples_wanted=64), limits, at_s=30, keep_s=1.0) == 1
+    assert steady.decide(replace(few, starting=0), limits, at_s=40, keep_s=1.0) < 4
+
+
 @pytest.mark.parametrize(
     ("measured", "words"),
     [
