@@ -104,7 +104,8 @@ class Mailbox:
         if not self._answers:
             self._news.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
         return self._received, list(self._answers)
 
     async def _run(self, number: int, request: RolloutRequest) -> None:

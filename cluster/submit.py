@@ -169,7 +169,8 @@ class Jobs:
                         shown = received
                 complete = True
             with suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):
+                    await over.wait()
             if complete and over.is_set():
                 return
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,9 @@ class VersionKeeper:
             if not left_s:
                 return None
             wait = min(left_s, self._turns.next_change_s(now()))
-            try:
-                await asyncio.wait_for(changed.wait(), wait)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await changed.wait()
 
     async def served(self, slot: str, replica: str, version: int | None, error: str = "") -> None:
         """The outcome of an order: what is served now. With an `error` the next order begins with a keyframe."""

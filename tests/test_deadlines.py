@@ -130,7 +130,8 @@ FORGOTTEN = {
     "await asyncio.gather(*(actor.ping.remote() for actor in actors))": "several calls",
     "await asyncio.shield(handle.f.remote())": "shielded",
     "await asyncio.wait(refs)": "without a time-out",
-    "await asyncio.wait_for(ref, None)": "without one, said in words",
+    "await asyncio.wait_for(ref, 5)": "it may lose a cancellation",
+    "await asyncio.wait_for(event.wait(), timeout=5)": "the same for an event",
     "await asyncio.to_thread(serve.status)": "a thread that asks Serve",
     "await llm.resume_generation()": "the engine core",
     "await client.get(url)": "HTTP",
@@ -152,7 +153,6 @@ FORGOTTEN = {
 }
 TIMED = (
     "await answer(handle.score.remote(x), who='w', asked='a', deadline_s=5)",
-    "await asyncio.wait_for(ref, 5)",
     "await asyncio.wait(refs, timeout=5)",
     "await asyncio.gather(*(answer(a.ping.remote(), who='w', asked='a', deadline_s=5) for a in actors))",
     "async with asyncio.timeout(5): await ref",

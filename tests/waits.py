@@ -3,8 +3,9 @@
 Strict on purpose: an `await` counts as a wait for another process unless it is known not to be one (a coroutine of
 ours, which is read itself; a sleep; local work in a thread). What is left over needs a deadline or a reason.
 
-A wait has a deadline inside `answer(...)` or `asyncio.wait_for(...)`, in the body of `asyncio.timeout(...)`, in a call
-that is given a time-out, or in a function that is used in such places and nowhere else.
+A wait has a deadline inside `answer(...)`, in the body of `asyncio.timeout(...)`, in a call that is given a time-out,
+or in a function that is used in such places and nowhere else. `asyncio.wait_for(...)` does not count: in Python 3.11 it
+loses a cancellation that comes in the same turn of the loop as what it waits for, and who cancelled waits for ever.
 """
 
 from __future__ import annotations
@@ -155,16 +156,14 @@ class Reading:
         if not isinstance(node, ast.Call):
             return False
         last = _name(node).split(".")[-1]
-        given = [keyword.value for keyword in node.keywords if keyword.arg in TIMEOUTS]
-        if last == "wait_for":
-            given += node.args[1:2]
+        given = [keyword.value for keyword in node.keywords if keyword.arg in TIMEOUTS and last != "wait_for"]
         return last in ANSWERING or any(not _is_none(value) for value in given)
 
     def _in_deadline(self, file: _File, node: ast.AST, *, follow: bool = True) -> bool:
         """Whether `node` stands in a place with a deadline, or is assigned to a name that stands in such places."""
         for parent, child in file.above(node):
             match parent:
-                case ast.Call() if _name(parent).split(".")[-1] in (*ANSWERING, "wait_for"):
+                case ast.Call() if _name(parent).split(".")[-1] in ANSWERING:
                     if child is not parent.func and self._timed(parent):
                         return True
                 case ast.AsyncWith(items=items) if child in parent.body:

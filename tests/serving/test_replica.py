@@ -46,7 +46,8 @@ class ScriptedKeeper:
         self._news.clear()
         if not self._orders:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
         return self._orders.pop(0) if self._orders else None
 
     async def served(self, slot: str, replica: str, version: int, error: str = "") -> None:
