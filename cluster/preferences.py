@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from contracts.config import Config, ConfigError, SimulatedVotes
 from contracts.records import Comparison, Prompt, Rollout
 from contracts.seeds import derive_seed
 from contracts.waiting import answer
-from feedback.formats import read_preferences, write_preferences
-from feedback.quality import Aggregate, dawid_skene
+from feedback.formats import read_preferences, write_preferences, write_unpaired
+from feedback.judged_files import read_judged
+from feedback.quality import Aggregate, UnpairedLabel, dawid_skene
 from feedback.simulate import Pair, Vote, simulate_votes
 from feedback.store import DatasetQuery, Store
 from learner.rank import training_environment
@@ -45,6 +46,7 @@ class Preferences:
     votes: int
     voters: dict[str, float]
     agreement_with_gold: float | None
+    labels: list[UnpairedLabel] = field(default_factory=list)
 
 
 def _preference_file(run_dir: Path) -> Path:
@@ -68,12 +70,14 @@ async def prepare_reward_model(
     if section.simulate is not None:
         preferences = await _ask_simulated_panel(config, section.simulate, prompts, pool, progress)
     else:
-        assert section.path is not None
-        rows, dropped = read_preferences(section.path)
-        preferences = Preferences(rows, dropped, len(rows) + sum(dropped.values()), 0, {}, None)
-        write_preferences(rows, _preference_file(config.output_dir))
-    progress.phase(f"Training the reward model on {len(preferences.comparisons)} comparisons")
-    report = await _train(config, preferences.comparisons, progress=progress)
+        judged = await asyncio.to_thread(read_judged, section.paths)
+        preferences = Preferences(judged.comparisons, judged.dropped, judged.rows, 0, {}, None, judged.labels)
+        write_preferences(judged.comparisons, _preference_file(config.output_dir))
+        if judged.labels:
+            write_unpaired(judged.labels, config.output_dir / "labels.parquet")
+    labels = f" and {len(preferences.labels)} labels" if preferences.labels else ""
+    progress.phase(f"Training the reward model on {len(preferences.comparisons)} comparisons{labels}")
+    report = await _train(config, preferences, progress=progress)
     write_json(config.output_dir / "preferences.json", _record(preferences, report, section.simulate is not None))
     progress.note(
         f"reward model: right on {report.held_out_accuracy:.0%} of {report.held_out_pairs} held-out comparisons "
@@ -181,7 +185,7 @@ def _agreement(aggregate: Aggregate, pairs: Sequence[Pair], gold_a: Sequence[flo
     return sum(decided) / len(decided) if decided else 0.0
 
 
-async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progress) -> RewardModelReport:
+async def _train(config: Config, preferences: Preferences, *, progress: Progress) -> RewardModelReport:
     section = config.preferences
     assert section is not None
     base = section.reward_model.base or config.model.path  # as configured: the reward card names it
@@ -194,8 +198,9 @@ async def _train(config: Config, rows: Sequence[Comparison], *, progress: Progre
         resources=dict(worker.resources),
         runtime_env={"env_vars": training_environment()},
     ).remote(
-        list(rows),
+        preferences.comparisons,
         section.reward_model,
+        labels=preferences.labels,
         base=base,
         output_dir=str(trained_reward_model(config.output_dir).resolve()),
         seed=config.seed,
@@ -229,7 +234,9 @@ def _record(preferences: Preferences, report: RewardModelReport, simulated: bool
         "n": report.held_out_prompts,
     }
     reward_model = {"held_out_accuracy": accuracy, "reward_version": report.reward_version}
-    reward_model |= {name: asdict(report)[name] for name in ("train_pairs", "held_out_pairs", "seconds")}
+    reward_model |= {
+        name: asdict(report)[name] for name in ("train_pairs", "train_labels", "held_out_pairs", "seconds")
+    }
     return {
         "schema_version": 1,
         "simulated": simulated,

@@ -102,8 +102,8 @@ def _inputs(config: Config) -> Iterator[tuple[str, Path]]:
     yield "prompts.path", config.prompts.path
     if config.prompts.eval_path is not None:
         yield "prompts.eval_path", config.prompts.eval_path
-    if config.preferences is not None and config.preferences.path is not None:
-        yield "preferences.path", config.preferences.path
+    if config.preferences is not None:
+        yield from (("preferences.path", path) for path in config.preferences.paths)
 
 
 def _perhaps_inputs(config: Config) -> Iterator[tuple[str, Path]]:

@@ -1,6 +1,7 @@
 """Every setting of a run, in one place, with its default: frozen pydantic models, unknown keys refused.
 
-The sections of one subject that have outgrown this page are beside it: algorithm.py, workers.py, serving.py.
+The sections of one subject that have outgrown this page are beside it: algorithm.py, reward_model.py, workers.py,
+serving.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
+from contracts.reward_model import RewardModelConfig
 from contracts.section import Fraction, FunctionPath, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
 from contracts.workers import LearnerConfig, ReplicaConfig, RolloutConfig
@@ -63,11 +65,14 @@ class RewardConfig(Section):
     function: FunctionPath | None = Field(
         default=None, description="module:function(prompts, responses, **columns) -> floats"
     )
+    head: str | None = Field(default=None, description="of a reward model with several heads: the one that scores")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.model is None) == (self.function is None):
             raise ValueError("give exactly one of model and function")
+        if self.head is not None and self.function is not None:
+            raise ValueError("head names one of a reward model's, and this component is a function")
         return self
 
 
@@ -101,31 +106,25 @@ class SimulatedVotes(Section):
         return self
 
 
-class RewardModelConfig(Section):
-    """Training of a Bradley-Terry reward model on comparisons."""
-
-    base: str | None = Field(default=None, description="default: the policy model")
-    learning_rate: Positive = 2e-5
-    head_learning_rate: Positive = 1e-3
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt = Field(default=16, description="comparisons an optimizer step")
-    trainable_layers: NonNegativeInt | None = Field(
-        default=None, description="train only the last N layers; default: all"
-    )
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    max_tokens: PositiveInt = 1024
-
-
 class PreferencesConfig(Section):
     """Where comparisons come from, and the reward model trained on them."""
 
-    path: Path | None = Field(default=None, description="preference file (prompt, chosen, rejected), Parquet or JSONL")
+    path: Path | tuple[Path, ...] | None = Field(
+        default=None,
+        description="files of pairs (prompt, chosen, rejected) or labels (prompt, completion, label), Parquet or JSONL",
+    )
     simulate: SimulatedVotes | None = None
     reward_model: RewardModelConfig = RewardModelConfig()
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, Path) else self.path
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.simulate is None):
+        if bool(self.paths) == (self.simulate is not None):
             raise ValueError("give exactly one of path and simulate")
         return self
 
@@ -264,6 +263,14 @@ class Config(Section):
             raise ValueError(f"rewards and evaluation.judges: the name {twice[0]!r} is used twice")
         if self.preferences is None and any(component.model == "preferences" for component in self.rewards):
             raise ValueError("rewards: model is `preferences`, but there is no preferences section to train it from")
+        if self.preferences is not None:
+            heads = tuple(self.preferences.reward_model.heads)
+            for component in (*self.rewards, *self.evaluation.judges):
+                if component.model == "preferences" and component.head not in (heads if heads[1:] else (None, *heads)):
+                    raise ValueError(
+                        f"rewards: {component.name} has head {component.head!r}, allowed is one of "
+                        f"preferences.reward_model.heads: {', '.join(heads)}"
+                    )
         if self.model.max_context_tokens <= self.sampling.max_response_tokens:
             raise ValueError(
                 f"sampling.max_response_tokens {self.sampling.max_response_tokens} leaves no room for a prompt in "

@@ -19,7 +19,8 @@ EventKind = Literal[
     "expiry",  # a prompt group outlived its lease
     "quarantine",  # a trajectory that cannot be trained on
     "rollover",  # an engine took new weights
-    "refusal",  # an engine did not take a delta
+    "refusal",  # an engine did not take a delta, or a component a reward model
+    "reward_rollout",  # a reward component scores with another reward model from now on
     "checkpoint",
     "disk_full",  # what has to be written waits for room
     "lost",  # an object of the object store

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
@@ -17,9 +17,19 @@ from pydantic import ValidationError
 from contracts.config import Config, ConfigError
 from contracts.section import Section
 
+Kind = TypeVar("Kind", bound=Section)
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides and validate.
+
+@overload
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def load(path: Path | str, overrides: Sequence[str] = (), *, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), *, kind: type[Section] = Config) -> Section:
+    """Read a YAML file, apply `key=value` overrides and validate as the settings of a `kind` of command.
 
     Raises:
         ConfigError: one line that names the file or field and what is allowed.
@@ -41,18 +51,22 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this file holds {_kind(data)}")
     for override in overrides:
         _override(data, override)
-    return validate(data, source=str(path))
+    return _validated(data, kind, source=str(path))
 
 
 def validate(data: Mapping[str, Any], *, source: str) -> Config:
     """Validate a nested mapping; `source` names it in errors."""
+    return _validated(data, Config, source=source)
+
+
+def _validated(data: Mapping[str, Any], kind: type[Kind], *, source: str) -> Kind:
     try:
-        return Config.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from error
+        raise ConfigError(f"{source}: {_first_problem(error, kind)}") from error
 
 
-def dump(config: Config) -> str:
+def dump(config: Section) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -93,14 +107,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, kind: type[Section]) -> str:
     problems = error.errors()
     # A misspelt key often leaves the right one missing: name the misspelt one.
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     field = ".".join(str(part) for part in problem["loc"]) or "configuration"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_nearest(problem['loc'])}{more}"
+        return f"{field}: unknown key{_nearest(problem['loc'], kind)}{more}"
     if problem["type"] == "missing":
         return f"{field}: required, but missing{more}"
     if problem["type"] == "value_error":
@@ -117,16 +131,16 @@ def _shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    known = _keys_at(loc[:-1])
+def _nearest(loc: tuple[int | str, ...], kind: type[Section]) -> str:
+    known = _keys_at(loc[:-1], kind)
     matches = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     if matches:
         return f", did you mean {matches[0]}?"
     return f"; known here: {', '.join(sorted(known))}" if known else ""
 
 
-def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
+def _keys_at(loc: tuple[int | str, ...], kind: type[Section]) -> list[str]:
+    section: Any = kind
     for part in loc:
         if isinstance(part, int) or not _is_section(section) or part not in section.model_fields:
             continue  # an index into a list, or a name the person chose

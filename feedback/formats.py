@@ -11,7 +11,7 @@ A dialogue becomes prompt text so: with user turns only, their text, joined by a
 as "Human: ...", "Assistant: ..." or "System: ...", joined by a blank line. Written conversational, it becomes the
 turns again.
 Optional columns: prompt_id (default: a hash of the prompt), domain, probability, votes_chosen, votes_rejected;
-unpaired: prompt_id, votes, of_votes.
+unpaired: prompt_id, domain, votes, of_votes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +47,7 @@ UNPAIRED_SCHEMA = pa.schema(
         ("completion", pa.string()),
         ("label", pa.bool_()),
         ("prompt_id", pa.string()),
+        ("domain", pa.string()),
         ("votes", pa.int32()),
         ("of_votes", pa.int32()),
     ],
@@ -56,6 +57,7 @@ UNPAIRED_SCHEMA = pa.schema(
 Turns = list[tuple[str, str]]  # role, text
 Layout = Literal["plain", "conversational"]
 Truncate = Callable[[str], str]  # what a reader of limited length sees of a response
+Judged = TypeVar("Judged", bound="Comparison | UnpairedLabel")
 
 
 def write_preferences(comparisons: Iterable[Comparison], path: Path | str, *, layout: Layout = "plain") -> None:
@@ -76,6 +78,7 @@ def write_unpaired(labels: Iterable[UnpairedLabel], path: Path | str, *, layout:
                 "completion": label.response,
                 "label": label.good,
                 "prompt_id": label.prompt_id,
+                "domain": label.domain,
                 "votes": label.votes,
                 "of_votes": label.of_votes,
             },
@@ -140,9 +143,7 @@ def stream_unpaired(path: Path, dropped: Counter[str], *, truncate: Truncate | N
             yield label
 
 
-def split_by_prompt(
-    comparisons: Sequence[Comparison], fraction: float, *, seed: int
-) -> tuple[list[Comparison], list[Comparison]]:
+def split_by_prompt(comparisons: Sequence[Judged], fraction: float, *, seed: int) -> tuple[list[Judged], list[Judged]]:
     """(train, held_out): about `fraction` of the prompts are held out, with all their rows.
 
     Rows with one prompt id or one prompt text (but for outer white space) stay together. Prompts are ranked by a
@@ -165,7 +166,7 @@ def split_by_prompt(
     )
 
 
-def _prompt_groups(comparisons: Sequence[Comparison]) -> list[str]:
+def _prompt_groups(comparisons: Sequence[Judged]) -> list[str]:
     """The group of every row: union-find over prompt texts and ids, named by the least text in it."""
     parents: dict[str, str] = {}
 
@@ -307,7 +308,8 @@ def _unpaired(row: Mapping[str, Any], where: str) -> tuple[UnpairedLabel, str]:
     prompt_id = _optional_text(row, "prompt_id", where) or hashlib.sha256(prompt.strip().encode()).hexdigest()[:16]
     if votes > of_votes:
         raise ConfigError(f"{where}: votes is {votes}, allowed is at most of_votes, {of_votes}")
-    return UnpairedLabel(prompt, response, bool(row["label"]), prompt_id, votes, of_votes), reason
+    domain = _optional_text(row, "domain", where)
+    return UnpairedLabel(prompt, response, bool(row["label"]), prompt_id, votes, of_votes, domain), reason
 
 
 def _unusable(comparison: Comparison, truncate: Truncate | None) -> str:

@@ -174,6 +174,7 @@ class UnpairedLabel:
     prompt_id: str
     votes: int
     of_votes: int
+    domain: str = ""
 
 
 def unpaired_labels(pairs: Sequence[Pair], votes: Iterable[Vote] | Ballots) -> list[UnpairedLabel]:

@@ -53,8 +53,8 @@ def adapter_shapes(model: Any, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def peft_config(lora: LoraConfig, kinds: Sequence[str], *, base: str | None = None) -> Any:
-    """PEFT's own configuration of the same adapter."""
+def peft_config(lora: LoraConfig, kinds: Sequence[str], *, base: str | None = None, classifier: bool = False) -> Any:
+    """PEFT's own configuration of the same adapter; that of a `classifier` holds its score head too."""
     import peft
 
     return peft.LoraConfig(
@@ -64,16 +64,23 @@ def peft_config(lora: LoraConfig, kinds: Sequence[str], *, base: str | None = No
         lora_dropout=0.0,  # with dropout the first ratio of an update would not be 1
         bias="none",
         base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        modules_to_save=["score"] if classifier else None,
     )
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, kinds: Sequence[str], *, base: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    lora: LoraConfig,
+    kinds: Sequence[str],
+    *,
+    base: str,
+    classifier: bool = False,
 ) -> None:
-    """Write a folder that `PeftModel.from_pretrained` and vLLM load."""
+    """Write a folder that `PeftModel.from_pretrained` loads, and vLLM where it is not a `classifier`'s."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = peft_config(lora, kinds, base=base)
+    config = peft_config(lora, kinds, base=base, classifier=classifier)
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(

@@ -1,15 +1,17 @@
 """Load a reward model and score dialogues with it.
 
-B dialogues, T tokens, H hidden size. A mask is 1 where a token counts. A reward model is a Hugging Face
-sequence classification model with one label over a decoder: `model.base_model` gives hidden states, `model.score`
-turns the last one into a number. Two optional float32 scalars beside the weights, `score_mean` and `score_std`,
-freeze a normalisation; plain `from_pretrained` ignores them.
+B or N dialogues, T tokens, H hidden size, K members of an ensemble, L labels: heads times K. A mask is 1 where a token
+counts. A reward model is a Hugging Face sequence classification model over a decoder: `model.base_model` gives hidden
+states, `model.score` turns the last one into a number for each label. Three optional float32 tensors beside the weights
+freeze what turns it into a score: `score_mean` [L], `score_std` and `temperature` [heads]; plain `from_pretrained`
+ignores them. With more than one label reward_card.json names the heads.
 """
 
-import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,38 +23,84 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers import logging as transformers_logging
 
 from models.bundled import resolve
+from models.reward_card import check_card, files_sha256, read_card
 
 Dialogue = list[dict[str, str]]
 
+DEFAULT_HEAD = "reward"
 MICRO_BATCH_SIZE = 16  # dialogues a forward pass
 logger = logging.getLogger(__name__)
 
 
-class RewardModel:
-    """Scores dialogues with a frozen reward model, (raw - score_mean) / score_std. Made by `load`."""
+@dataclass(frozen=True)
+class Scores:
+    """Scores of some dialogues and what stands behind them, all in the same units.
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, score_mean: float, score_std: float, version: str, max_tokens: int
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.score_mean = score_mean
-        self.score_std = score_std
-        self.version = version  # 12 hex digits of the SHA-256 of the safetensors files
-        self.max_tokens = max_tokens
+    `values` are what `RewardModel.score` returns, the means of `members` (of each dialogue, the score that every
+    member of the ensemble gives; a reward model by itself has one). `std` is their population deviation.
+    """
+
+    values: list[float]
+    members: list[list[float]]
+    std: list[float]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """One head of a frozen reward model, made by `load`. Scores are (raw - score_mean) / score_std.
+
+    An ensemble is several rows of one `score` layer, `columns`; each is centred by itself, for its offset means nothing
+    to a comparison, and all are divided by the deviation of their mean. P(a is better than b), as calibrated, is
+    sigmoid((score(a) - score(b)) / temperature). `version` is 12 hex digits of the SHA-256 of the safetensors files.
+    """
+
+    model: Any
+    tokenizer: Any
+    heads: tuple[str, ...]  # all that the folder has
+    head: str  # the one that scores
+    columns: tuple[int, ...]
+    member_means: tuple[float, ...]
+    score_std: float
+    temperature: float
+    version: str
+    max_tokens: int
+
+    @property
+    def score_mean(self) -> float:
+        return sum(self.member_means) / len(self.member_means)
+
+    @property
+    def num_members(self) -> int:
+        return len(self.columns)
 
     @classmethod
-    def load(cls, path: str, *, dtype: str = "bfloat16", device: str = "cpu", max_tokens: int) -> Self:
-        """The reward model in a folder (or hub id, or `bundled:NAME`), in eval mode, its head in float32.
+    def load(
+        cls, path: str, *, dtype: str = "bfloat16", device: str = "cpu", max_tokens: int, head: str | None = None
+    ) -> Self:
+        """The reward model in a folder (or hub id, or `bundled:NAME`), in eval mode, its heads in float32.
 
         Raises:
-            ValueError: no such model, no tokenizer or chat template, not a one-label sequence classification
-                model over a decoder, or weights (above all the score head) that the files do not hold.
+            ValueError: no such model, no tokenizer or chat template, another one than its card says, not a sequence
+                classification model over a decoder, weights (above all the score head) that the files do not hold,
+                or several heads, of which `head` names none.
         """
+        models = cls.load_heads(path, dtype=dtype, device=device, max_tokens=max_tokens)
+        name = next(iter(models)) if head is None and len(models) == 1 else head
+        if name not in models:
+            raise ValueError(f"{path}: has the heads {', '.join(models)}; say which one scores, not {head}")
+        return models[name]
+
+    @classmethod
+    def load_heads(cls, path: str, *, dtype: str = "bfloat16", device: str = "cpu", max_tokens: int) -> dict[str, Self]:
+        """Every head of a reward model by name, over one and the same network. Raises as `load`."""
         folder = _local_folder(path)
         tokenizer = load_tokenizer(str(folder), name=path)
-        _check_config(folder, path)
-        files = _weight_files(folder, path)
+        card = read_card(folder)
+        if card is not None:
+            check_card(card, tokenizer, name=path)
+        heads, members = (tuple(card["heads"]), int(card["members"])) if card is not None else ((DEFAULT_HEAD,), 1)
+        _check_config(folder, path, num_labels=len(heads) * members)
+        files = weight_files(folder, path)
         with quiet_loading():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
@@ -62,15 +110,25 @@ class RewardModel:
         if "score" not in dict(model.named_children()):
             raise ValueError(f"{path}: {type(model).__name__} has no `score` head over a decoder's last token")
         model.score.float()
-        tensors = _normalisation(files)
-        return cls(
-            model.to(device).eval(),
-            tokenizer,
-            score_mean=tensors.get("score_mean", 0.0),
-            score_std=tensors.get("score_std", 1.0),
-            version=_digest(files),
-            max_tokens=max_tokens,
-        )
+        model.to(device).eval()
+        means, stds, temperatures = _normalisation(files, num_heads=len(heads), num_labels=len(heads) * members)
+        version = files_sha256(files)[:12]
+        found = {}
+        for at, name in enumerate(heads):
+            columns = tuple(range(at * members, (at + 1) * members))
+            found[name] = cls(
+                model=model,
+                tokenizer=tokenizer,
+                heads=heads,
+                head=name,
+                columns=columns,
+                member_means=tuple(means[column] for column in columns),
+                score_std=stds[at],
+                temperature=temperatures[at] / stds[at],
+                version=version,
+                max_tokens=max_tokens,
+            )
+        return found
 
     def score(self, dialogues: Sequence[Dialogue]) -> list[float]:
         """One score a dialogue, in the order given. Each ends with the assistant message to be judged.
@@ -82,37 +140,54 @@ class RewardModel:
         Raises:
             ValueError: a dialogue that does not end with an assistant message.
         """
+        return self.scores(dialogues).values
+
+    def scores(self, dialogues: Sequence[Dialogue]) -> Scores:
+        """The same, with the score of every member of the ensemble. Raises as `score`."""
+        with torch.inference_mode():
+            raw_NK = head_scores(self.model, self.features(dialogues))[:, list(self.columns)].cpu()
+        members = [
+            [(raw - mean) / self.score_std for raw, mean in zip(row, self.member_means, strict=True)]
+            for row in raw_NK.tolist()
+        ]
+        values = [sum(row) / len(row) for row in members]
+        return Scores(values, members, [_population_std(row) for row in members])
+
+    def features(self, dialogues: Sequence[Dialogue]) -> Tensor:
+        """The hidden state [N, H] of each dialogue's last token, in float32: what the heads see. Raises as `score`."""
         tokens = render(self.tokenizer, dialogues, max_tokens=self.max_tokens)
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
-        scores = [0.0] * len(tokens)
+        hidden_NH = torch.zeros(len(tokens), self.model.score.in_features, device=self.model.device)
         for start in range(0, len(order), MICRO_BATCH_SIZE):
             rows = order[start : start + MICRO_BATCH_SIZE]
-            tokens_BT, mask_BT = pad_right([tokens[row] for row in rows])
             with torch.inference_mode():
-                raw_B = raw_scores(self.model, tokens_BT, mask_BT)
-            for row, raw in zip(rows, raw_B.tolist(), strict=True):
-                scores[row] = (raw - self.score_mean) / self.score_std
-        return scores
+                hidden_NH[rows] = last_hidden(self.model, *pad_right([tokens[row] for row in rows])).float()
+        return hidden_NH
 
 
 def raw_scores(model: Any, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Scores [B] in float32, before normalisation, from the last token that the mask counts.
+    """Scores [B, L] of the L rows of the score head in float32, before normalisation."""
+    return head_scores(model, last_hidden(model, tokens_BT, mask_BT))
+
+
+def last_hidden(model: Any, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Hidden states [B, H] of the last token that the mask counts.
 
     The pad id plays no part (it may equal EOS), and padding may be on either side.
     """
     tokens_BT, mask_BT = tokens_BT.to(model.device), mask_BT.to(model.device)
     positions_BT = (mask_BT.long().cumsum(1) - 1).clamp(min=0)
-    hidden_BTH = model.base_model(
+    hidden_BTH: Tensor = model.base_model(
         input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
     ).last_hidden_state
-    return score_head(model, hidden_BTH[torch.arange(len(mask_BT), device=mask_BT.device), last_token(mask_BT)])
+    return hidden_BTH[torch.arange(len(mask_BT), device=mask_BT.device), last_token(mask_BT)]
 
 
-def score_head(model: Any, hidden_BH: Tensor) -> Tensor:
-    """Scores [B] in float32, under autocast too. `model.score` must be float32."""
+def head_scores(model: Any, hidden_BH: Tensor) -> Tensor:
+    """Scores [B, L] in float32, under autocast too. `model.score` must be float32."""
     with torch.autocast(hidden_BH.device.type, enabled=False):
-        scores_B: Tensor = model.score(hidden_BH.float()).squeeze(-1)
-    return scores_B
+        scores_BL: Tensor = model.score(hidden_BH.float())
+    return scores_BL
 
 
 def last_token(mask_BT: Tensor) -> Tensor:
@@ -186,7 +261,7 @@ def _local_folder(path: str) -> Path:
         raise ValueError(f"{path}: neither a folder nor a model the hub has ({_first_line(error)})") from error
 
 
-def _check_config(folder: Path, name: str) -> None:
+def _check_config(folder: Path, name: str, *, num_labels: int) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -194,33 +269,40 @@ def _check_config(folder: Path, name: str) -> None:
     architecture = (config.architectures or ["model of unknown architecture"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         raise ValueError(f"{name}: a {architecture}, not a sequence classification model with a trained score head")
-    if config.num_labels != 1:
-        raise ValueError(f"{name}: a classifier with num_labels {config.num_labels}, a reward model has 1")
+    if config.num_labels != num_labels:
+        raise ValueError(
+            f"{name}: a classifier with num_labels {config.num_labels}, a reward model has {num_labels}"
+            f"{'' if num_labels > 1 else ', unless its reward_card.json names the heads'}"
+        )
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """Raises ValueError where the folder has no safetensors."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{name}: no model*.safetensors there")
     return files
 
 
-def _normalisation(files: Sequence[Path]) -> dict[str, float]:
-    tensors: dict[str, float] = {}
+def _normalisation(
+    files: Sequence[Path], *, num_heads: int, num_labels: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Means of the rows of the score head, deviations and temperatures (both of raw scores) of the heads."""
+    tensors: dict[str, list[float]] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            present = {"score_mean", "score_std"}.intersection(weights.keys())
-            tensors |= {key: float(weights.get_tensor(key)) for key in present}
-    return tensors
+            for key in {"score_mean", "score_std", "temperature"}.intersection(weights.keys()):
+                tensors[key] = weights.get_tensor(key).reshape(-1).tolist()
+    return (
+        tensors.get("score_mean", [0.0] * num_labels),
+        tensors.get("score_std", [1.0] * num_heads),
+        tensors.get("temperature", [1.0] * num_heads),
+    )
 
 
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:12]
+def _population_std(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
 def _first_line(error: Exception) -> str:

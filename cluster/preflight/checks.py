@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,17 +119,21 @@ def read_prompts(config: Config) -> tuple[list[PromptRow], list[PromptRow]]:
 
 
 def check_preferences(config: Config) -> None:
-    """Raises ConfigError if the preference file is missing or empty; its rows are read by whoever trains on them."""
-    if config.preferences is None or config.preferences.path is None:
-        return
-    path = config.preferences.path
-    if not path.is_file():
-        problem = "is a folder; name one file" if path.is_dir() else "no such file"
-        raise ConfigError(f"preferences.path {path}: {problem}")
-    if not os.access(path, os.R_OK):
-        raise ConfigError(f"preferences.path {path}: may not be read by this user")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"preferences.path {path}: is empty")
+    """Raises ConfigError if a file of judged rows is missing or empty; whoever trains on them reads its rows."""
+    if config.preferences is not None:
+        check_judged_files(config.preferences.paths)
+
+
+def check_judged_files(paths: Sequence[Path]) -> None:
+    """Raises ConfigError if one is missing or empty."""
+    for path in paths:
+        if not path.is_file():
+            problem = "is a folder; name one file" if path.is_dir() else "no such file"
+            raise ConfigError(f"preferences.path {path}: {problem}")
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"preferences.path {path}: may not be read by this user")
+        if path.stat().st_size == 0:
+            raise ConfigError(f"preferences.path {path}: is empty")
 
 
 def _functions(config: Config) -> Iterator[tuple[str, str]]:

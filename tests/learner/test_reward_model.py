@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,29 @@ from transformers import (
     Qwen3Config,
 )
 
-from contracts.config import RewardModelConfig
 from contracts.records import Comparison
-from learner import reward_model as training
+from contracts.reward_model import RewardModelConfig
 from learner.reward_model import (
     RewardModelReport,
-    TokenPair,
     accuracy,
+    batches,
     bradley_terry_loss,
-    bucketed_batches,
-    initial_model,
-    pack_pairs,
-    pair_scores,
-    rate_share,
-    token_pairs,
     train_reward_model,
+    training,
     wilson_interval,
 )
+from learner.reward_model.batches import (
+    SHARED_PROMPT_MODELS,
+    bucketed_batches,
+    micro_batches,
+    pack_pairs,
+    pair_scores,
+    shares_prompts,
+)
+from learner.reward_model.examples import Example, TokenPair, dialogue, token_pairs
+from learner.reward_model.fitting import FitInputs, backward, rate_share
+from learner.reward_model.measures import HeldOut
+from learner.reward_model.network import initial_model
 from models.reward import RewardModel, pad_right, raw_scores
 from tests.tiny import build_tiny_model
 
@@ -69,7 +76,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("base") / "model", tied=True)
 
 
-CONFIG = RewardModelConfig(learning_rate=1e-3, head_learning_rate=1e-2, epochs=3, max_tokens=128, trainable_layers=1)
+CONFIG = RewardModelConfig(
+    learning_rate=1e-3,
+    head_learning_rate=1e-2,
+    epochs=3,
+    max_tokens=128,
+    trainable_layers=1,
+    calibration_fraction=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +118,8 @@ def test_the_saved_folder_prefers_it_too(trained: tuple[RewardModelReport, Path,
     assert (saved.score_mean, saved.score_std) == (report.score_mean, report.score_std)
     assert saved.score_std > 0.1
     fresh = great_is_better(40, seed=9)
-    chosen = saved.score([training.dialogue(c.prompt, c.chosen) for c in fresh])
-    rejected = saved.score([training.dialogue(c.prompt, c.rejected) for c in fresh])
+    chosen = saved.score([dialogue(c.prompt, c.chosen) for c in fresh])
+    rejected = saved.score([dialogue(c.prompt, c.rejected) for c in fresh])
     assert accuracy([c - r for c, r in zip(chosen, rejected, strict=True)], [1.0] * 40) > 0.9
     assert abs(sum(chosen + rejected) / 80) < 0.5, "the frozen mean is that of such responses"
     assert 0.5 < torch.tensor(chosen + rejected).std() < 2
@@ -118,8 +132,9 @@ def test_plain_transformers_loads_all_of_it(trained: tuple[RewardModelReport, Pa
     assert not info["mismatched_keys"]
     saved = load_file(folder / "model.safetensors")
     assert torch.equal(model.score.weight, saved["score.weight"])
-    assert {saved[name].dtype for name in saved if not name.startswith("score_")} == {torch.bfloat16}
-    assert {saved[name].dtype for name in ("score_mean", "score_std")} == {torch.float32}
+    frozen = {"score_mean", "score_std", "temperature"}
+    assert {saved[name].dtype for name in saved.keys() - frozen} == {torch.bfloat16}
+    assert {saved[name].dtype for name in frozen} == {torch.float32}
 
 
 def test_frozen_layers_are_unchanged_and_the_others_are_not(
@@ -138,33 +153,50 @@ def test_frozen_layers_are_unchanged_and_the_others_are_not(
 def test_the_card_says_what_was_done(trained: tuple[RewardModelReport, Path, list[str]], base: Path) -> None:
     report, folder, _ = trained
     card = json.loads((folder / "reward_card.json").read_text())
-    assert card["schema_version"] == 1
+    assert card["schema_version"] == 2
     assert card["base"] == str(base)
     assert card["reward_version"] == report.reward_version
     assert card["metrics"]["held_out_accuracy"] == report.held_out_accuracy
     assert card["config"]["trainable_layers"] == 1
-    assert len(card["dataset_sha256"]) == len(card["tokenizer_sha256"]) == 64
+    assert (card["heads"], card["members"]) == (["reward"], 1)
+    digests = [card[f"{what}_sha256"] for what in ("base", "dataset", "tokenizer", "template")]
+    assert [len(digest) for digest in digests] == [64] * 4
     assert [path.name for path in folder.parent.iterdir()] == ["reward"], "no scratch folder stays"
 
 
-def test_no_prompt_is_on_both_sides(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(training, "fit", lambda model, pairs, *args, **kwargs: seen.update(train=pairs))
-    real = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda model, rows: seen.update(held_out=rows) or real(model, rows))
-    rows = great_is_better(60)
-    report = train_reward_model(rows, CONFIG, base=str(base), output_dir=tmp_path / "reward", seed=0)
+def test_no_prompt_is_on_two_sides(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Any]] = {"train": [], "held out": [], "calibrate": []}
+    fit, real, save = training.fit_on_ranks, training.held_out, training.save
+
+    def fitted(inputs: FitInputs, **kwargs: Any) -> Any:
+        seen["train"] = list(inputs.examples)
+        return fit(inputs, **kwargs)
+
+    def judged(model: RewardModel, rows: list[Comparison]) -> HeldOut:
+        seen["held out"] = list(rows)
+        return real(model, rows)
+
+    def saved(*args: Any, calibrated_on: dict[str, list[Example]], **kwargs: Any) -> None:
+        seen["calibrate"] = calibrated_on["reward"]
+        save(*args, calibrated_on=calibrated_on, **kwargs)
+
+    for name, replacement in (("fit_on_ranks", fitted), ("held_out", judged), ("save", saved)):
+        monkeypatch.setattr(training, name, replacement)
+    config = CONFIG.model_copy(update={"calibration_fraction": 0.25})
+    report = train_reward_model(great_is_better(120), config, base=str(base), output_dir=tmp_path / "reward", seed=0)
     tokenizer = AutoTokenizer.from_pretrained(base)
     question = tokenizer.encode("?")[0]
-    trained_on = {tuple(pair.chosen[: pair.chosen.index(question)]) for pair in seen["train"]}
-    held_out = {tuple(p.chosen[: p.chosen.index(question)]) for p in token_pairs_of(seen["held_out"], tokenizer)}
-    assert not trained_on & held_out
-    assert len(trained_on | held_out) == 30
-    assert (report.train_pairs, report.held_out_pairs) == (48, 12)
+    seen["held out"] = list(token_pairs_of(seen["held out"], tokenizer))
+    prompts = {
+        what: {tuple(pair.chosen[: pair.chosen.index(question)]) for pair in pairs} for what, pairs in seen.items()
+    }
+    assert {what: len(each) for what, each in prompts.items()} == {"train": 36, "held out": 12, "calibrate": 12}
+    assert len(set.union(*prompts.values())) == 60
+    assert (report.train_pairs, report.held_out_pairs, report.calibration_rows) == (72, 24, 24)
 
 
 def token_pairs_of(rows: list[Comparison], tokenizer: object) -> list[TokenPair]:
-    return list(token_pairs(rows, tokenizer, max_tokens=128)[1].values())
+    return token_pairs(rows, tokenizer, 128, Counter())[1]
 
 
 def test_empty_and_identical_pairs_are_dropped_and_counted(base: Path) -> None:
@@ -178,15 +210,16 @@ def test_empty_and_identical_pairs_are_dropped_and_counted(base: Path) -> None:
         Comparison("p", "one " + "the wheel " * 30, "two " + "the wheel " * 30),  # the same last 32 tokens
         good,
     ]
-    usable, pairs, dropped = token_pairs(rows, tokenizer, max_tokens=32)
+    dropped: Counter[str] = Counter()
+    usable, pairs = token_pairs(rows, tokenizer, 32, dropped)
     assert usable == [good, good], "a row that comes twice counts twice"
-    assert list(pairs) == [good]
+    assert len(pairs) == 2
     assert dropped == {"empty": 2, "identical": 2}
 
 
 def test_too_few_pairs(base: Path, tmp_path: Path) -> None:
     rows = [Comparison("p", "yes", "no"), Comparison("p", "same", "same"), Comparison("q", "", "no")]
-    with pytest.raises(ValueError, match=r"1 usable .* 0 held out .*1 with an empty side, 1 with identical sides"):
+    with pytest.raises(ValueError, match=r"1 usable .* 0 held out \(dropped: 1 empty, 1 identical\)"):
         train_reward_model(rows, CONFIG, base=str(base), output_dir=tmp_path / "reward", seed=0)
     assert not list(tmp_path.iterdir())
 
@@ -229,7 +262,7 @@ def test_two_answers_in_one_row_score_as_if_alone(base: Path) -> None:
     pairs.append(TokenPair([5, 6, 7], [8, 9], 1.0))  # nothing in common
     pairs.append(TokenPair([5, 6, 7, 8], [5, 6], 1.0))  # one is the beginning of the other
     pairs.append(TokenPair([5, 6], [5, 6, 7, 8], 1.0))
-    assert training.shares_prompts(model)
+    assert shares_prompts(model)
     with torch.no_grad():
         chosen_B, rejected_B = pair_scores(model, pairs)
         alone_2B = raw_scores(model, *pad_right([p.chosen for p in pairs] + [p.rejected for p in pairs]))
@@ -249,11 +282,11 @@ def test_every_architecture_that_shares_prompts_scores_as_if_alone(config_class:
         num_labels=1,
         initializer_range=0.2,
     )
-    assert config.model_type in training.SHARED_PROMPT_MODELS
+    assert config.model_type in SHARED_PROMPT_MODELS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config).eval()
-    assert training.shares_prompts(model)
+    assert shares_prompts(model)
     pairs = [TokenPair([1, 2, 3, 4, 5], [1, 2, 9, 8], 1.0), TokenPair([*range(10, 40)], [*range(10, 30), 7, 6], 1.0)]
     with torch.no_grad():
         packed_2B = torch.cat(pair_scores(model, pairs))
@@ -277,10 +310,10 @@ def test_micro_batches_do_not_change_the_gradient(base: Path, monkeypatch: pytes
     pairs = token_pairs_of(great_is_better(10), AutoTokenizer.from_pretrained(base))
     gradients = []
     for budget in (4096, 400):
-        monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", budget)
-        assert (len(list(training._micro_batches(pairs))) > 1) == (budget == 400)
+        monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", budget)
+        assert (len(list(micro_batches(pairs))) > 1) == (budget == 400)
         model = initial_model(str(base), name="base", seed=0)
-        training._backward(model, pairs)
+        backward(model, pairs, torch.ones(len(pairs), 1), CONFIG)
         gradients.append(model.score.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], atol=2e-2, rtol=2e-2)
 
@@ -318,13 +351,13 @@ def test_wilson_interval_from_the_literature() -> None:
 
 def test_bucketed_batches_hold_every_row_once_and_like_lengths_together() -> None:
     lengths = [random.Random(0).randrange(10, 500) for _ in range(130)]
-    batches = bucketed_batches(lengths, 8, seed=1)
-    assert sorted(row for batch in batches for row in batch) == list(range(130))
-    assert sorted(map(len, batches)) == [2, *[8] * 16]
-    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    found = bucketed_batches(lengths, 8, seed=1)
+    assert sorted(row for batch in found for row in batch) == list(range(130))
+    assert sorted(map(len, found)) == [2, *[8] * 16]
+    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in found)
     assert padded < 1.25 * sum(lengths)
-    assert batches != bucketed_batches(lengths, 8, seed=2)
-    assert batches == bucketed_batches(lengths, 8, seed=1)
+    assert found != bucketed_batches(lengths, 8, seed=2)
+    assert found == bucketed_batches(lengths, 8, seed=1)
 
 
 def test_rate_rises_for_a_tenth_and_falls_to_nothing() -> None:
