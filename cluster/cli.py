@@ -131,6 +131,35 @@ def evaluate(
         raise SystemExit(128 + stopped)
 
 
+@app.command("reward-eval")
+def evaluate_reward(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="reward model: folder, Hugging Face id or bundled:NAME")
+    ],
+    pairs: Annotated[Path, typer.Option(help="labelled pairs that it was not trained on: prompt, chosen, rejected")],
+    new: Annotated[Path | None, typer.Option(help="labels that came later, not trained on yet")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write; default: runs/reward-eval-VERSION")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="at most so many pairs of a file, drawn by prompt")] = None,
+    max_tokens: Annotated[int, typer.Option(min=16, help="longer dialogues lose their beginning")] = 1024,
+    leave_one_domain_out: Annotated[
+        bool, typer.Option("--leave-one-domain-out", help="also train heads on a frozen base without each domain")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="that frozen base; default: what the model's card names")] = None,
+) -> None:
+    """Judge a reward model on labelled pairs: accuracy, calibration, baselines, length, invariance; one HTML page."""
+    from cluster.progress import Progress
+    from cluster.reward_eval import RewardEvalOptions, evaluate_reward_model
+
+    options = RewardEvalOptions(
+        model, pairs, new, out, limit, max_tokens, leave_one_domain_out=leave_one_domain_out, base=base
+    )
+    with Progress(0) as progress:
+        try:
+            evaluate_reward_model(options, progress)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder (runs/NAME/checkpoints/step-NNNNNN) of a run")],

@@ -132,7 +132,7 @@ def _draw(plot: Plot, rows: Sequence[Row], name: str) -> Curve | None:
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
-    return Curve(plot.title, plot.note, _inline(text.getvalue(), name, f"{plot.title}: {'; '.join(alt)}."), legend)
+    return Curve(plot.title, plot.note, inline_svg(text.getvalue(), name, f"{plot.title}: {'; '.join(alt)}."), legend)
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -148,7 +148,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     ]
 
 
-def _inline(svg: str, name: str, alt: str) -> Markup:
+def inline_svg(svg: str, name: str, alt: str) -> Markup:
     """Matplotlib's file as a part of the page: theme colours, page fonts, ids of its own, a text for who cannot see."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
