@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -285,6 +285,9 @@ class PromptStream:
         prompt = self._prompts[self._order[self._position]]
         self._position += 1
         return prompt
+
+    def by_id(self, prompt_ids: Collection[str]) -> dict[str, Prompt]:
+        return {prompt.prompt_id: prompt for prompt in self._prompts if prompt.prompt_id in prompt_ids}
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for JSON; the prompts are in it as a hash of their ids and messages."""

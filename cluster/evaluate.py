@@ -74,7 +74,8 @@ async def evaluate(job: Evaluated) -> Evaluation:
     names = list(scores[0][0]) if scores else []
     values = {name: [float(np.mean([row[name] for row in group])) for group in scores] for name in names}
     roles = {"reward": "proxy", "kl_to_reference": "kl", "response_tokens": "length"}
-    roles |= {f"reward/{handle.config.name}": "proxy" for handle in job.rewards.handles}
+    components = [handle.config for handle in job.rewards.handles]
+    roles |= {f"reward/{each.name}": "proxy" if each.weight else "held_out" for each in components}
     roles |= {f"gold/{handle.config.name}": "gold" for handle in job.judges.handles}
     return Evaluation(
         version=job.version,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a simulation brings its own
     from cluster.run_log import RunLog
     from cluster.scaling import Scaling
     from cluster.serving import ServingLink
+    from cluster.watch import Watch
     from learner.group import LearnerGroup
 
 
@@ -60,6 +61,7 @@ class Job:
     standing: dict[str, Any] = field(default_factory=dict)  # when the newest batch was chosen, or at the start
     scaling: Scaling | None = None  # with rollout.autoscale
     serving: ServingLink | None = None  # with `serving`
+    watch: Watch | None = None  # with `watch`
     leaving: dict[str, float] = field(default_factory=dict)  # ids of nodes that drain -> when they go, on our clock
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits
@@ -75,6 +77,11 @@ class Job:
         """Whether the open groups do not yet fill all batches up to the last step."""
         batches = self.config.steps - self.choosing
         return self.leases.open_groups < batches * self.bound.groups_per_batch
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether an alarm ends the run."""
+        return self.watch is not None and self.watch.ended is not None
 
     async def reference_logprobs(self, rollout: Rollout) -> list[float]:
         """Of a training response; none where nothing would use them."""

@@ -29,6 +29,7 @@ from cluster.scaling import Scaling
 from cluster.serving import ServingLink, find_keeper
 from cluster.trackers import Trackers, start_trackers
 from cluster.trackers.ray_metrics import RayMetrics, watch
+from cluster.watch import watch_of
 from contracts.config import Config
 from contracts.events import Event, first_line
 from contracts.loading import dump
@@ -159,6 +160,7 @@ async def prepare(
         open_work = f"{len(job.queue)} groups in the queue, {len(job.pending)} prompts issued again"
         cause = "; ".join(("resume=true", *(f"passed over: {problem}" for problem in found.problems)))
         log.event(Event("resume", "the run", cause, f"goes on after step {job.version}: {open_work}"))
+    job.watch = watch_of(config)
     job.standing = standing(job, job.version)
     if config.rollout.autoscale is not None:
         job.scaling = Scaling(job, config.rollout.autoscale)

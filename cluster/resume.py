@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster import experience_log, recover
+from cluster import experience_log, recover, watch
 from cluster.job import Job
 from cluster.metrics import StepClock, reward_metrics
 from cluster.preflight import Preflight
@@ -109,7 +109,10 @@ async def catch_up(job: Job, publish: Callable[[Job, int], Awaitable[dict[str, A
     checkpoint keeps them.
     """
     found = job.resumption
-    if found is None or found.last_logged == found.step:
+    if found is None:
+        return
+    await watch.look_back(job, found.step)
+    if found.last_logged == found.step:
         return
     job.progress.phase(f"Training again on the logged batches of steps {found.step + 1} to {found.last_logged}")
     rows = metrics_rows(job.config.output_dir)
@@ -122,7 +125,8 @@ async def catch_up(job: Job, publish: Callable[[Job, int], Awaitable[dict[str, A
         trained = await recover.train(job, samples)
         clock.learned()
         sent = await publish(job, step)
-        row = clock.row(samples) | reward_metrics(samples) | trained | sent | job.pool.take_delivery_costs()
+        seen = watch.look(job, samples)
+        row = clock.row(samples) | reward_metrics(samples) | seen.row | trained | sent | job.pool.take_delivery_costs()
         reason = _differs(step, rows.get(step), row, state, job.provenance)
         reasons += [reason] if reason else []
         if step > found.last_row:

@@ -61,6 +61,19 @@ class ServingLink:
             return
         self._sending = asyncio.ensure_future(self._send(published))
 
+    async def roll_back(self, version: int) -> None:
+        """Let serving go back to `version` and stay there; where it cannot, an event says so."""
+        await self.finish()
+        try:
+            keeper = self._keeper or await self._find()
+            await answer(
+                keeper.rollback.remote(version), who=_WHO, asked=f"go back to {version}", deadline_s=self._deadline_s
+            )
+        except (NoAnswer, RayError, RayServeException, OSError, ValueError) as error:
+            self._on_event(Event("refusal", _WHO, first_line(error), f"it is not at version {version}"))
+        else:
+            self._on_event(Event("roll_back", _WHO, "an alarm", f"it serves version {version} until told otherwise"))
+
     async def finish(self) -> None:
         """Wait until what is on its way has arrived, or failed: each part of it has a deadline."""
         if self._sending is not None:

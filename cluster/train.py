@@ -20,7 +20,7 @@ from typing import Any
 from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
-from cluster import nodes, recover, resume, rounds
+from cluster import nodes, recover, resume, rounds, watch
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
 from cluster.leases import Lease
@@ -65,15 +65,16 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
                 watching.append(job.scaling.watch())
             background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
-            while job.version < config.steps and not stopping.is_set():
+            while job.version < config.steps and not stopping.is_set() and not job.alarmed:
                 await learn(job, clock)
                 await nodes.make_way(job)
             for task in background:
                 task.cancel()
         if job.last_checkpoint is None or job.last_checkpoint.step != job.version:
             await recover.checkpoint(job)
+        rolled_back = await watch.roll_back_if_asked(job)
         stopping.graceful = False
-        if job.version == config.steps and not stopping.is_set():
+        if (job.version == config.steps or job.alarmed) and not stopping.is_set() and not rolled_back:
             after = await evaluate(job)
             comparison = compare(before, after, shown_samples=config.evaluation.shown_samples)
             write_json(config.output_dir / "evaluation.json", comparison)
@@ -160,11 +161,13 @@ async def learn(job: Job, clock: StepClock) -> None:
     trained = await recover.train(job, samples)
     clock.learned()
     sent = await publish(job, job.version + 1)
-    row = clock.row(samples) | reward_metrics(samples) | trained | sent | job.pool.take_delivery_costs()
+    seen = watch.look(job, samples)
+    row = clock.row(samples) | reward_metrics(samples) | seen.row | trained | sent | job.pool.take_delivery_costs()
     await recover.written(job, f"the metrics of step {step}", lambda: job.log.metrics(row))
     job.progress.step(row)
     if job.scaling is not None:
         job.scaling.step(row)
+    await watch.act(job, seen, samples)
     if job.checkpoint_overdue or job.version % job.config.checkpoint.every_steps == 0:
         await recover.checkpoint_or_later(job)
 

@@ -1,7 +1,7 @@
 """Every setting of a run, in one place, with its default: frozen pydantic models, unknown keys refused.
 
 The sections of one subject that have outgrown this page are beside it: algorithm.py, reward_model.py, workers.py,
-serving.py.
+serving.py, watch.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.reward_model import RewardModelConfig
 from contracts.section import Fraction, FunctionPath, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
+from contracts.watch import WatchConfig
 from contracts.workers import LearnerConfig, ReplicaConfig, RolloutConfig
 
 
@@ -244,6 +245,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     logging: LoggingConfig = LoggingConfig()
     serving: ServingConfig | None = None
+    watch: WatchConfig | None = Field(default=None, description="alarms on over-optimisation; {} for the defaults")
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -303,6 +305,14 @@ class Config(Section):
                 "deterministic: true needs model.dtype bfloat16 (or training.lora): checkpoints hold the policy in "
                 "bfloat16, so that engines which start from one would not serve what float32 ones had"
             )
+        if self.watch is not None and self.watch.on_alarm == "roll_back":
+            slowest = max((alarm.raise_after for alarm in self.watch.alarms.values()), default=1)
+            if self.checkpoint.keep < 2 or slowest > self.checkpoint.every_steps:
+                raise ValueError(
+                    "watch.on_alarm roll_back needs a checkpoint from before the alarm: checkpoint.keep 2 or more, not "
+                    f"{self.checkpoint.keep}, and checkpoint.every_steps (now {self.checkpoint.every_steps}) no less "
+                    f"than the largest raise_after ({slowest})"
+                )
         if self.queue_samples < self.training.batch_size:
             raise ValueError(
                 f"streaming.queue_samples {self.queue_samples} is less than training.batch_size "

@@ -22,6 +22,9 @@ EventKind = Literal[
     "refusal",  # an engine did not take a delta, or a component a reward model
     "reward_rollout",  # a reward component scores with another reward model from now on
     "checkpoint",
+    "alarm",  # a sign of over-optimisation
+    "alarm_cleared",  # it is gone
+    "roll_back",  # what came after a checkpoint is set aside
     "disk_full",  # what has to be written waits for room
     "lost",  # an object of the object store
     "resume",

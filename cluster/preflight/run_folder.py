@@ -29,6 +29,7 @@ MAY_CHANGE_ON_RESUME = (
     "ray",
     "logging",
     "evaluation",
+    "watch",
 )
 # Of a deterministic run they stay: batch shapes and threads decide its bits.
 _DECISIVE_WHEN_DETERMINISTIC = ("rollout", "reward_workers", "reference_workers", "learner")

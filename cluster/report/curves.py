@@ -26,6 +26,7 @@ class Plot:
     note: str
     lines: tuple[tuple[str, str], ...]
     from_zero: bool = True
+    over: str = "step"  # the key of what it is drawn over; points where it is not the step
 
 
 PLOTS = (
@@ -48,9 +49,11 @@ PLOTS = (
     Plot("Broadcast size", "Bytes sent for new weights, in percent of a dense copy.",
          (("percent of dense", "broadcast_percent"),)),
 )  # fmt: skip
-HIDDEN = {"step", "weights_version", "broadcast_bytes_dense", "schema_version"}
+WATCHED = re.compile(r"watch/\w+_drift")
+HIDDEN = {"watch/alarms", "step", "weights_version", "broadcast_bytes_dense", "schema_version"}
 MAX_POINTS = 600
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 3)))
+MARKERS = ("o", "^", "s", "D", "v", "P")
 # Colours that matplotlib draws and the page replaces, so that plots follow the dark or light theme.
 INK, GRID = "#010101", "#010102"
 SERIES = tuple(f"#0202{i:02x}" for i in range(len(LINE_STYLES)))
@@ -72,8 +75,8 @@ class Curve:
     legend: list[tuple[int, str, float, float]]  # series, label, first and last value
 
 
-def curves(rows: Sequence[Row]) -> tuple[list[Curve], list[Curve]]:
-    """The plots everybody wants, and one for every other numeric key."""
+def curves(rows: Sequence[Row], *, held_out: Sequence[str] = ()) -> tuple[list[Curve], list[Curve]]:
+    """The plots everybody wants, and one for every other numeric key. `held_out`: components of weight 0."""
     keys = sorted({key for row in rows for key in row})
     components = tuple((key.removeprefix("reward/"), key) for key in keys if key.startswith("reward/"))
     total: tuple[tuple[str, str], ...] = (("weighted sum", "reward_mean"),)
@@ -83,7 +86,14 @@ def curves(rows: Sequence[Row]) -> tuple[list[Curve], list[Curve]]:
                    (*total, *components), from_zero=False)  # fmt: skip
     logprobs = tuple((key, key) for key in keys if "logprob" in key)
     difference = Plot("Engine against learner", "Difference of their log-probabilities for the same tokens.", logprobs)
-    main = (rewards, *PLOTS, difference)
+    asked = (("trained on", "reward_mean"), *((name, f"reward/{name}") for name in held_out)) if held_out else ()
+    over_kl = Plot("Reward over KL", "What is trained on and held-out rewards, each in its own units, against how far "
+                   "the policy has moved. Where only the first still rises, it is being exploited.", asked,
+                   from_zero=False, over="kl_to_reference")  # fmt: skip
+    drifts = tuple((key[len("watch/") : -len("_drift")], key) for key in keys if WATCHED.fullmatch(key))
+    drift = Plot("Watch", "Drift from the first steps, in standard deviations of single responses.", drifts,
+                 from_zero=False)  # fmt: skip
+    main = (rewards, over_kl, drift, *PLOTS, difference)
     shown = HIDDEN | {"reward_mean"} | {key for plot in main for _, key in plot.lines}
     others = [Plot(key, "", ((key, key),), from_zero=False) for key in keys if key not in shown]
     derived = [{**row, "broadcast_percent": _broadcast_percent(row)} for row in rows]
@@ -106,17 +116,20 @@ def _draw(plot: Plot, rows: Sequence[Row], name: str) -> Curve | None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.3, 2.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        over_steps = plot.over == "step"
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=over_steps))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel("step")
+        axes.set_xlabel("step" if over_steps else "KL to reference, nats a response")
         for label, key in plot.lines:
-            points = [(value(row, "step"), value(row, key)) for row in rows if math.isfinite(value(row, key))]
+            points = [(value(row, plot.over), value(row, key)) for row in rows if math.isfinite(value(row, key))]
+            points = [point for point in points if math.isfinite(point[0])]
             if not points:
                 continue
             series = len(legend) % len(SERIES)
             steps, values = zip(*_thin(points), strict=True)
-            axes.plot(steps, values, color=SERIES[series], linestyle=LINE_STYLES[series], linewidth=1.6,
-                      marker="o" if len(points) < 3 else "")  # fmt: skip
+            axes.plot(steps, values, color=SERIES[series], linestyle=LINE_STYLES[series] if over_steps else "none",
+                      linewidth=1.6, marker="" if over_steps and len(points) > 2 else MARKERS[series],
+                      markersize=5)  # fmt: skip
             legend.append((series, label, points[0][1], points[-1][1]))
             every = [y for _, y in points]
             drawn.append(every)

@@ -54,7 +54,7 @@ def _render(run_dir: Path) -> str:
     if config.get("preferences") or (run_dir / "preferences.json").exists():
         preferences = folder.record("preferences.json", Preferences, "nothing about the votes and the reward model.")
     environment = folder.json("environment.json", "versions and machine are not known.")
-    main, others = curves(rows)
+    main, others = curves(rows, held_out=_held_out(config))
     reasons = Counter(str(row.get("reason", "no reason given")) for row in folder.rows("quarantine.jsonl"))
     events = folder.rows("events.jsonl")
     template = jinja2.Environment(
@@ -86,6 +86,13 @@ def _config(folder: RunFolder) -> tuple[str, dict[str, Any]]:
     if not isinstance(config, dict):
         raise ConfigError(f"{folder.path / 'config.yaml'}: a configuration is a mapping of keys to values")
     return text, config
+
+
+def _held_out(config: dict[str, Any]) -> list[str]:
+    """Components of the reward that are scored and not trained on."""
+    rewards = config.get("rewards")
+    components = [each for each in rewards if isinstance(each, dict)] if isinstance(rewards, list) else []
+    return [str(each.get("name")) for each in components if each.get("weight") == 0]
 
 
 def _steps(folder: RunFolder) -> list[dict[str, Any]]:

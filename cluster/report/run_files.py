@@ -37,7 +37,7 @@ Bounds = Annotated[Interval, BeforeValidator(_interval)]
 
 class Metric(BaseModel):
     name: str
-    role: Literal["proxy", "gold", "kl", "length", "other"]
+    role: Literal["proxy", "held_out", "gold", "kl", "length", "other"]
     before: Bounds
     after: Bounds
     difference: Bounds

@@ -42,7 +42,8 @@ def verdict(metric: Metric) -> str:
 def sentence(metric: Metric) -> str:
     """For example: gold rose 0.28 → 0.47 (difference +0.19, 95 % interval 0.12 to 0.26, 64 prompts)."""
     width, difference = decided_by(metric), metric.difference
-    what = f"{metric.role} {metric.name}" if metric.role in ("proxy", "gold") else metric.name
+    role = metric.role.replace("_", "-")
+    what = f"{role} {metric.name}" if metric.role in ("proxy", "held_out", "gold") else metric.name
     low, high = number(difference.low, width=width), number(difference.high, width=width)
     return (
         f"{what}: {verdict(metric)}, {number(metric.before.mean, width=width)} → "
@@ -75,11 +76,15 @@ def headline(evaluation: Evaluation | None) -> str:
 
 def warning(evaluation: Evaluation | None) -> str:
     """Goodhart's law, said where it shows."""
-    if evaluation is None or not evaluation.of("gold"):
+    if evaluation is None:
         return ""
     proxy_rose = any(metric.difference.direction > 0 for metric in evaluation.of("proxy"))
     if proxy_rose and any(metric.difference.direction < 0 for metric in evaluation.of("gold")):
         return "The proxy went up while gold went down: the policy exploits the reward model (over-optimisation)."
+    if proxy_rose and any(metric.difference.direction < 0 for metric in evaluation.of("held_out")):
+        return "The reward went up while a held-out reward went down: the policy exploits what only the one rewards."
+    if not evaluation.of("gold"):
+        return ""
     if proxy_rose and not any(metric.difference.direction > 0 for metric in evaluation.of("gold")):
         return "The proxy went up without gold: the gain may be the reward model's own error."
     return ""

@@ -83,6 +83,23 @@ def _evaluation(*metrics):
     }
 
 
+def test_held_out_rewards_are_drawn_over_kl_and_warned_of(run_dir):
+    config = "rewards: [{name: sentiment_model}, {name: other, weight: 0}]\nwatch: {}\n"
+    (run_dir / "config.yaml").write_text("output_dir: runs/quickstart\nsteps: 5\n" + config)
+    rows = [_row(step) | {"reward/other": -0.5 * step, "watch/length_drift": 0.1 * step} for step in range(1, 6)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fell = _metric("reward/other", "held_out", 0.4, 0.1, -0.5, -0.1)
+    (run_dir / "evaluation.json").write_text(json.dumps(_evaluation(PROXY_ROSE, fell)))
+    page = Page(write_report(run_dir).read_text())
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    (over_kl,) = [label for label in labels if label.startswith("Reward over KL")]
+    assert "trained on from 0.100 to 0.500" in over_kl
+    assert "other from -0.500 to -2.50" in over_kl
+    assert any(label.startswith("Watch: length from 0.100 to 0.500") for label in labels)
+    assert "a held-out reward went down" in page.text
+    assert "KL to reference, nats a response" in page.text
+
+
 PREFERENCES = {
     "simulated": True,
     "pairs": 256,

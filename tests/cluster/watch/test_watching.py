@@ -1,0 +1,112 @@
+"""Alarms: raised by what they watch, by nothing else, not by noise, with hysteresis, and the same after a resume."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cluster.watch.triggers import Trigger
+from cluster.watch.watching import Seen, Watch
+from contracts.watch import AlarmConfig, WatchConfig
+from tests.cluster.watch.batches import batch
+
+WEIGHTS = {"proxy": 1.0, "gold": 0.0}
+
+
+def seen_in(watch: Watch, steps: int, *, seed: int = 0, first: int = 1, **changes) -> list[Seen]:
+    """`changes` grow by that much a step."""
+    rng = np.random.default_rng(seed)
+    usual = {"length": 40.0, "std": 0.2}
+    return [
+        watch.step(first + at, batch(rng, **{name: usual.get(name, 0.0) + by * at for name, by in changes.items()}))
+        for at in range(steps)
+    ]
+
+
+def test_a_trigger_waits_and_lets_go_late():
+    trigger = Trigger(AlarmConfig(drift=1.0, raise_after=2, clear_below=0.5))
+    drifts = [0.9, 1.2, 0.8, 1.1, 1.3, 1.5, 0.7, 0.6, 0.4, 1.2, 1.2]
+    found = [trigger.update(step, drift, noise=0.1) for step, drift in enumerate(drifts, 1)]
+    assert found == [None, None, None, None, "raised", None, None, None, "cleared", None, "raised"]
+    assert trigger.onset == 10
+
+
+def test_the_onset_is_the_first_step_of_those_in_a_row():
+    trigger = Trigger(AlarmConfig(drift=1.0, raise_after=3))
+    for step, drift in enumerate([2.0, 0.0, 2.0, 2.0, 2.0], 1):
+        trigger.update(step, drift, noise=0.0)
+    assert (trigger.raised, trigger.onset) == (True, 3)
+
+
+def test_what_noise_explains_is_no_alarm():
+    trigger = Trigger(AlarmConfig(drift=0.2, raise_after=1))
+    assert trigger.update(1, 0.5, noise=0.6) is None
+    assert trigger.update(2, 0.7, noise=0.6) == "raised"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"length": 2.0}, "length"),
+        ({"length": -2.0}, "length"),
+        ({"repeated": 0.08}, "repetition"),
+        ({"repeated": 0.08}, "sameness"),
+        ({"std": 0.02}, "disagreement"),
+        ({"reward": 0.4}, "held_out"),
+        ({"reward": 0.4}, "outliers"),
+    ],
+)
+def test_each_alarm_sees_what_it_is_for(change, name):
+    watch = Watch(WatchConfig(), WEIGHTS)
+    seen_in(watch, 5)
+    alarms = [alarm for seen in seen_in(watch, 12, first=6, seed=1, **change) for alarm in seen.raised]
+    raised = {alarm.name: alarm for alarm in alarms}
+    assert name in raised
+    assert 6 <= raised[name].onset < raised[name].step <= 17
+    if "length" in change:
+        assert set(raised) <= {"length", "outliers"}
+    if "std" in change:
+        assert set(raised) == {"disagreement"}
+
+
+def test_a_policy_that_stays_raises_nothing():
+    for seed in range(10):
+        watch = Watch(WatchConfig(), WEIGHTS)
+        assert [alarm.name for seen in seen_in(watch, 60, seed=seed) for alarm in seen.raised] == []
+
+
+def test_a_reward_that_rises_with_the_held_out_one_raises_no_gap():
+    watch = Watch(WatchConfig(outliers=None), WEIGHTS)
+    seen_in(watch, 5)
+    assert [s.raised for s in seen_in(watch, 10, first=6, seed=1, reward=0.3, held_out=3.0) if s.raised] == []
+
+
+def test_rows_have_all_keys_and_are_finite():
+    watch = Watch(WatchConfig(reference_steps=2, repetition=None), WEIGHTS)
+    rows = [seen.row for seen in seen_in(watch, 4, length=30.0)]
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert "watch/length_drift" in rows[0]
+    assert "watch/repetition" not in rows[0]
+    assert (rows[1]["watch/length_drift"], rows[3]["watch/length_drift"]) == (0.0, pytest.approx(5.4, abs=2.5))
+
+
+def test_the_most_suspicious_responses_come_first():
+    watch = Watch(WatchConfig(suspicious=3), WEIGHTS)
+    seen_in(watch, 5)
+    rng = np.random.default_rng(5)
+    watch.step(6, batch(rng, length=120.0))
+    samples = batch(rng, length=120.0)
+    (alarm,) = [each for each in watch.step(7, samples).raised if each.name == "length"]
+    lengths = [len(sample.rollout.response_tokens) for sample in samples]
+    assert [lengths[at] for at in alarm.suspicious] == sorted(lengths, reverse=True)[:3]
+
+
+def test_looking_back_gives_the_same_watch():
+    rng = np.random.default_rng(6)
+    steps = [batch(rng, length=40.0 + 3 * at) for at in range(12)]
+    whole, again = Watch(WatchConfig(), WEIGHTS), Watch(WatchConfig(), WEIGHTS)
+    rows = [whole.step(step, samples).row for step, samples in enumerate(steps, 1)]
+    for step, samples in enumerate(steps[:9], 1):
+        again.step(step, samples)
+    assert [again.step(step, samples).row for step, samples in enumerate(steps[9:], 10)] == rows[9:]
