@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import HTTPOptions, ProxyLocation
 
 from actors.applications import delete_applications
 from actors.placement import missing
@@ -27,9 +28,10 @@ from cluster.capacity import check_capacity, local_cpus
 from cluster.loopback import LOOPBACK
 from cluster.presence import announce, reap
 from cluster.progress import Progress
-from contracts.config import Config, RewardConfig
+from contracts.config import Config, ConfigError, RewardConfig
 from contracts.events import Event
 from contracts.records import ScoredRollout
+from contracts.serving import ServingConfig
 from contracts.waiting import NoAnswer, answer
 from learner.checkpoint import Checkpoint
 from learner.group import LearnerGroup
@@ -37,10 +39,13 @@ from learner.rank import LearnerSettings
 from models import bundled
 
 
-def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) -> dict[str, str]:
+def start_ray(
+    config: Config, working_dir: Path, *, learner_only: bool = False, served: ServingConfig | None = None
+) -> dict[str, str]:
     """Connect to the configured cluster, or start a local Ray on loopback alone, and Serve unless `learner_only`.
 
-    Returns the URLs that a person may want to open, by what is there.
+    With `served` Serve has the HTTP door of that application. Returns the URLs that a person may want to open, by what
+    is there.
     """
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -55,7 +60,7 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
     if config.ray.address is None:
         options |= {
             "address": "local",
-            "num_cpus": config.ray.num_cpus or local_cpus(config),
+            "num_cpus": config.ray.num_cpus or local_cpus(config, served=served),
             "object_store_memory": int(config.ray.object_store_gib * 2**30),
             "include_dashboard": config.ray.dashboard,
             "dashboard_host": LOOPBACK,
@@ -72,13 +77,31 @@ def start_ray(config: Config, working_dir: Path, *, learner_only: bool = False) 
         raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
     if learner_only:
         return {}
-    check_capacity(config)
-    # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    check_capacity(config, served=served)
+    start_serve(served)
     dashboard = {"Ray dashboard": f"http://{context.dashboard_url}"} if context.dashboard_url else {}
     port = context.address_info["metrics_export_port"]
     return dashboard | {"Prometheus metrics": f"http://{bound_to}:{port}/metrics"}
+
+
+def start_serve(served: ServingConfig | None = None) -> None:
+    """Ray Serve; with `served` there is a proxy for HTTP at its host and port, on the head.
+
+    Raises:
+        ConfigError: Serve runs on this cluster without one, and cannot get one any more.
+    """
+    # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if served is None:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+        return
+    options = HTTPOptions(host=served.host, port=served.port, location=ProxyLocation.HeadOnly)
+    serve.start(http_options=options, logging_config={"log_level": "ERROR"})
+    if not serve.status().proxies:
+        raise ConfigError(
+            "Ray Serve runs on this cluster already, without HTTP: stop it with `serve shutdown` when nothing needs "
+            "it, or serve on another cluster"
+        )
 
 
 def take_sigterm_back() -> None:
@@ -175,11 +198,19 @@ def new_run_id() -> str:
 
 @asynccontextmanager
 async def cluster(
-    config: Config, run_id: str, progress: Progress, *, learner_only: bool = False
+    config: Config,
+    run_id: str,
+    progress: Progress,
+    *,
+    learner_only: bool = False,
+    served: ServingConfig | None = None,
 ) -> AsyncIterator[None]:
-    """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them."""
+    """Ray for the length of a run; afterwards the run's applications are gone, and a local Ray with them.
+
+    `served`: the application whose door Serve should have.
+    """
     progress.phase("Starting Ray" if config.ray.address is None else f"Connecting to {config.ray.address}")
-    start = asyncio.to_thread(start_ray, config, Path.cwd(), learner_only=learner_only)
+    start = asyncio.to_thread(start_ray, config, Path.cwd(), learner_only=learner_only, served=served)
     where = config.ray.address or "on this machine"
     urls = await answer(start, who=f"Ray {where}", asked="start or connect", deadline_s=config.deadlines.start_s)
     take_sigterm_back()

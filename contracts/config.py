@@ -248,6 +248,11 @@ class Config(Section):
     watch: WatchConfig | None = Field(default=None, description="alarms on over-optimisation; {} for the defaults")
 
     @property
+    def served(self) -> ServingConfig | None:
+        """The application that training starts itself."""
+        return self.serving if self.serving is not None and self.serving.start else None
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Longest prompt that leaves room for a whole response."""
         room = self.model.max_context_tokens - self.sampling.max_response_tokens

@@ -63,6 +63,9 @@ class ServingLimits(Section):
 class ServingConfig(Section):
     """The policy behind an OpenAI-compatible API on Ray Serve."""
 
+    start: bool = Field(
+        default=False, description="`headrace train` starts the application itself; it goes on when training has ended"
+    )
     model: str | None = Field(
         default=None, description="policy folder or checkpoint to begin with; default: newest checkpoint of output_dir"
     )
@@ -91,6 +94,11 @@ class ServingConfig(Section):
     redact: FunctionPath | None = Field(default=None, description="`module:function` that a logged text goes through")
     feedback: str | None = Field(default=None, description="file or URL; default: output_dir/serving/feedback.sqlite")
     answers_kept: PositiveInt = Field(default=10_000, description="newest answers that feedback can be given on")
+
+    @property
+    def most_engines(self) -> int:
+        """As many as there may ever be: replicas, pinned versions, the gate's."""
+        return self.replicas.max_replicas + len(self.pinned) + (self.gate is not None)
 
     @property
     def application(self) -> str:

@@ -1,17 +1,18 @@
-"""The Ray Serve application of a served policy: its door, the keeper of versions, and the replicas with the engines."""
+"""The Ray Serve application of a served policy: its door, the keeper of versions, the gate, and the replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
+from contracts.records import Prompt
 from contracts.serving import EngineReplicaConfig, ServingConfig
 from serving.archive import weights_key
-from serving.desk import Scorer
+from serving.gate_engine import GateEngine, GateSettings, RewardScorer
 from serving.ingress import Ingress
 from serving.records import LIVE, StartWeights
 from serving.replica import PolicyReplica, ReplicaSettings
@@ -39,9 +40,10 @@ def build(
     policy: Policy,
     folder: Path,
     *,
-    scorers: Mapping[str, tuple[float, Scorer]],
+    scorers: Mapping[str, tuple[float, RewardScorer]],
     start_s: float,
     health_s: float,
+    gate_prompts: Sequence[Prompt] = (),
 ) -> serve.Application:
     """The whole application, to be run under `config.application`.
 
@@ -50,6 +52,7 @@ def build(
         scorers: the reward's components by name, each with its weight.
         start_s: a replica loads the model and takes the current version.
         health_s: a replica answers a health check; after three it is replaced.
+        gate_prompts: what versions are compared on, where `config.gate` is set.
 
     Raises:
         ValueError: the key in `folder` cannot be read.
@@ -70,7 +73,21 @@ def build(
         graceful_shutdown_timeout_s=_KEEPER_STOP_S,
         **checks,
     )
-    versions = keeper.bind(config, folder, policy.start, key=key)
+    gate: Any = None
+    if config.gate is not None:
+        judging: Any = serve.deployment(
+            GateEngine,
+            name="gate",
+            num_replicas=1,
+            max_ongoing_requests=1,  # two versions in one engine: it judges one candidate after the other
+            ray_actor_options=_reserved(config.replicas),
+            graceful_shutdown_timeout_s=_KEEPER_STOP_S,
+            **checks,
+        )
+        gate = judging.bind(
+            GateSettings(config, policy.start, policy.max_context_tokens, tuple(gate_prompts), scorers, start_s, key)
+        )
+    versions = keeper.bind(config, folder, policy.start, key=key, gate=gate)
 
     def replica(name: str, api_name: str, **number: Any) -> serve.Application:
         deployment: Any = serve.deployment(

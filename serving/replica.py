@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -22,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from contracts.events import Event, first_line
+from contracts.records import WeightsUpdate
 from contracts.serving import ServingConfig
 from contracts.waiting import NoAnswer, answer
 from models.engine import Engine
@@ -29,7 +31,7 @@ from models.engine_core import CoreWatch
 from models.engine_update import WeightsError
 from models.openai import OpenAIHandlers, Refused
 from models.weight_stream import DeltaError, DeltaReceiver
-from serving.records import Head, Order, PolicyRequest, StartWeights
+from serving.records import LIVE, Head, Order, PolicyRequest, StartWeights
 from serving.rollover import DrainError, Gate
 
 KEEPER = "the version keeper"
@@ -37,7 +39,7 @@ _POLL_S = 10.0
 _LATE_S = 20.0  # the keeper may be starting again, or hash what it reads from disk
 _PAUSE_S = 1.0
 _EXCHANGE_S = 30.0  # of an order's deadline, which draining has to leave
-_SILENT_S = 60.0  # an engine core that stands still for so long is stopped or hung
+SILENT_S = 60.0  # an engine core that stands still for so long is stopped or hung
 _ASKING = (NoAnswer, RayError, RayServeException)  # the keeper is away
 
 _log = logging.getLogger("headrace.serving")
@@ -83,8 +85,11 @@ class PolicyReplica:
         self._settings = settings
         self._versions = versions
         self._name: str = serve.get_replica_context().replica_id.unique_id
+        self._pinned = None if settings.slot == LIVE else int(settings.slot.removeprefix("pinned-"))
         self._gate = Gate()
-        self._engine = await _start_engine(settings)
+        self._engine = await start_engine(
+            settings.config, settings.start, max_context_tokens=settings.max_context_tokens, start_s=settings.start_s
+        )
         self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
         tensors, version = self._engine.shadow_tensors, self._engine.version
         self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=settings.key)
@@ -107,6 +112,9 @@ class PolicyReplica:
             return
         if not let_in:
             yield self._elsewhere()
+            return
+        if self._pinned not in (None, self._engine.version):
+            yield self._not_here()
             return
         running = _Running(self._handlers, request)
         with self._gate.enter(running.make_room):
@@ -144,7 +152,7 @@ class PolicyReplica:
         if self._engine.broken:
             raise RuntimeError(f"{self._name}: engine is broken: {self._engine.broken}")
         self._core.look()
-        if self._core.idle_s > _SILENT_S:
+        if self._core.idle_s > SILENT_S:
             raise RuntimeError(f"{self._name}: the engine core has stood still for {self._core.idle_s:.0f} s")
         if self._following.done():
             raise RuntimeError(f"{self._name}: takes no new versions any more") from self._following.exception()
@@ -209,10 +217,7 @@ class PolicyReplica:
         updates = [update for update, _ in order.steps]
 
         def write(tensors: Mapping[str, Tensor]) -> None:
-            if updates[0].is_keyframe:
-                self._receiver.forget()
-            for update, its_frames in zip(updates, frames, strict=True):
-                self._receiver.apply(its_frames, update=update, sender=KEEPER)
+            apply_all(self._receiver, updates, frames)
 
         def drained() -> AbstractAsyncContextManager[object]:
             if self._settings.config.allow_mixed:
@@ -228,6 +233,11 @@ class PolicyReplica:
     def _elsewhere(self) -> Head:
         return Head(503, self._engine.version, self._name, draining=True)
 
+    def _not_here(self) -> Head:
+        message = f"The weights of version {self._pinned} are not here yet. Ask again later, or for another version."
+        error = {"message": message, "type": "server_error", "param": "model", "code": "version_not_here"}
+        return Head(503, self._engine.version, self._name, error=error)
+
     def _late(self, request: PolicyRequest) -> Head:
         message = f"No token within {request.deadline_s:g} s: the server is busy. Ask again later, or for less."
         error = {"message": message, "type": "timeout_error", "param": None, "code": "timeout"}
@@ -237,18 +247,37 @@ class PolicyReplica:
         _log.log(logging.INFO if event.event == "rollover" else logging.WARNING, "%s", event)
 
 
-async def _start_engine(settings: ReplicaSettings) -> Engine:
-    replicas = settings.config.replicas
+async def start_engine(
+    config: ServingConfig, start: StartWeights, *, max_context_tokens: int, start_s: float
+) -> Engine:
+    """An engine of this application, with the weights that it begins with.
+
+    Raises:
+        RuntimeError: it did not come up.
+    """
+    replicas = config.replicas
     return await Engine.start(
-        settings.start.path,
-        dtype=settings.start.dtype,
-        max_model_len=settings.max_context_tokens,
+        start.path,
+        dtype=start.dtype,
+        max_model_len=max_context_tokens,
         max_num_seqs=replicas.max_running,
         tensor_parallel_size=replicas.tensor_parallel_size,
         num_gpus=replicas.num_gpus,
         gpu_memory_utilization=replicas.gpu_memory_utilization,
         kv_cache_bytes=int(replicas.kv_cache_gib * 2**30),
         threads=replicas.threads,
-        weights_version=settings.start.version,
-        start_timeout_s=settings.start_s,
+        weights_version=start.version,
+        start_timeout_s=start_s,
     )
+
+
+def apply_all(receiver: DeltaReceiver, updates: Sequence[WeightsUpdate], frames: Sequence[Sequence[Any]]) -> None:
+    """The updates of an order, one after the other; with a keyframe first, whatever the receiver holds.
+
+    Raises:
+        DeltaError: one of them was refused.
+    """
+    if updates[0].is_keyframe:
+        receiver.forget()
+    for update, its_frames in zip(updates, frames, strict=True):
+        receiver.apply(its_frames, update=update, sender=KEEPER)

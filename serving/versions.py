@@ -34,7 +34,7 @@ from serving.version_table import VersionTable
 _FETCH_S = 120.0  # training hands over the frames of a version
 _TAKE_S = 180.0  # a replica decodes and exchanges weights, after it has drained
 _GATE_S = 1800.0  # the gate judges a version
-_GATE_PAUSE_S = 10.0  # after it failed
+_GATE_PAUSE_S, _LONGEST_GATE_PAUSE_S = 10.0, 300.0  # after it failed, and after it failed often
 _REFS_S = 60.0  # how long frames stay in the object store after the last order with them
 
 
@@ -127,6 +127,7 @@ class VersionKeeper:
                 the one to begin with, or that there is nothing better.
         """
         expires = now() + wait_s
+        self._judge_candidate()  # one that waits since before this process
         while True:
             left_s, changed = max(0.0, expires - now()), self._changed
             self._turns.polled(slot, replica, version, running, now(), left_s, starting=starting)
@@ -257,21 +258,27 @@ class VersionKeeper:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._judge_candidate()
+
+    def _judge_candidate(self) -> None:
         if self._table.candidate is not None and (self._judging is None or self._judging.done()):
             self._judging = asyncio.ensure_future(self._judge_all())
 
     async def _judge_all(self) -> None:
         """Show the gate the newest version until there is no newer one. A gate that fails promotes nothing."""
+        pause_s = _GATE_PAUSE_S
         while (candidate := self._table.candidate) is not None:
             try:
                 asked = f"judge version {candidate}"
                 verdict = await answer(self._judge(candidate), who="the gate", asked=asked, deadline_s=_GATE_S)
-            except (NoAnswer, RayActorError, RayTaskError, RayServeException, Unreachable) as error:
-                consequence = f"version {self._table.current} stays, tried again in {_GATE_PAUSE_S:g} s"
+            except (NoAnswer, RayActorError, RayTaskError, RayServeException, Unreachable, OSError) as error:
+                consequence = f"version {self._table.current} stays, tried again in {pause_s:g} s"
                 self._event("death", "the gate", first_line(error), consequence)
                 self._problems["gate"] = f"the gate did not judge version {candidate}: {first_line(error)}"
-                await asyncio.sleep(_GATE_PAUSE_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_GATE_PAUSE_S)
                 continue
+            pause_s = _GATE_PAUSE_S
             self._problems.pop("gate", None)
             async with self._changing:
                 rows = self._table.judged(

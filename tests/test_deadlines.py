@@ -23,9 +23,9 @@ WITHOUT = {
     "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/submit.py _show_log: self._client.tail_job_logs(job)": "`ended` beside it gives up after LOST_S",
-    "cluster/serve_command.py _until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
+    "cluster/application.py until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
     "as long as it is served",
-    "cluster/serve_command.py _until_stopped: stopping.wait()": "as long as it is served",
+    "cluster/application.py until_stopped: stopping.wait()": "as long as it is served",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",
@@ -44,6 +44,8 @@ WITHOUT = {
     "models/engine.py generate: running": "the lease of the request, deadlines.lease_s, aborts it",
     "models/engine.py _update: exchange_in()": "what the caller gives: serving.rollover.Gate.drained, which gives up",
     "models/engine.py accepting: self._accepting.wait()": "an update, of which every call to the core has the deadline",
+    "models/engine_scoring.py response_logprobs: engine.llm.generate(prompt, params, request_id)": ""
+    "GateEngine._logprobs waits for it in answer()",
     "models/engine_start.py start_vllm: AsyncLLM.from_engine_args(engine_args)": "VLLM_ENGINE_READY_TIMEOUT_S, which "
     "child_environment sets to start_timeout_s",
     "models/engine_together.py last_output: collector.get()": "the pool, as for _together",

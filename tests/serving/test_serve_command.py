@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.application import Application, check_application, gate_prompts
 from cluster.serve_command import check_serving, find_policy
 from contracts.config import Config, ConfigError
 from contracts.loading import validate
@@ -16,18 +17,18 @@ from learner import checkpoint as checkpoints
 from tests.cluster.test_train import write_config, write_project
 from tests.command import Command
 from tests.head import free_ports
-from tests.tiny import build_tiny_model
+from tests.tiny import build_tiny_model, build_tiny_tokenizer
 
 
-def config_of(folder: Path, **settings: Any) -> Config:
+def config_of(folder: Path, changes: dict[str, Any] | None = None, **settings: Any) -> Config:
     data = {
         "output_dir": str(folder / "run"),
         "model": {"path": "base"},
         "prompts": {"path": "none.jsonl"},
-        "rewards": [{"name": "none", "function": "none:none"}],
+        "rewards": [{"name": "none", "function": "json:dumps"}],
         "serving": settings,
     }
-    return validate(data, source="tests/serving")
+    return validate(data | (changes or {}), source="tests/serving")
 
 
 def write_checkpoint(run_dir: Path, step: int) -> checkpoints.Checkpoint:
@@ -64,9 +65,34 @@ def test_a_checkpoint_or_a_folder_may_be_named(tmp_path: Path) -> None:
         find_policy(config, ServingConfig(model=str(saved.path)))
 
 
-def test_a_gate_that_nothing_runs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"serving\.gate: nothing judges versions yet"):
-        check_serving(config_of(tmp_path, gate={"prompts": "none.jsonl"}))
+def test_a_gate_that_could_not_judge_is_refused(tmp_path: Path) -> None:
+    prompts, (port,) = tmp_path / "gate.jsonl", free_ports(1)
+
+    def check(changes: dict[str, Any] | None = None, *, trains_reward: bool = False, **gate: Any) -> Application:
+        config = config_of(tmp_path, changes, port=port, gate={"prompts": str(prompts)} | gate)
+        return check_application(config, trains_reward=trains_reward)
+
+    with pytest.raises(ConfigError, match=r"serving\.gate\.prompts: .*gate\.jsonl: cannot be read: No such file"):
+        check()
+    prompts.write_text('{"prompt": ""}\n')
+    with pytest.raises(ConfigError, match=r"serving\.gate\.prompts: .*gate\.jsonl:1: the prompt is empty"):
+        check()
+    rows = [json.dumps({"prompt": "mill " * each, "answer": each}) for each in (1, 2, 200)]
+    prompts.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match=r"serving\.gate\.max_response_tokens 1023 leaves no room for a prompt in"):
+        check(max_response_tokens=1023)
+    learned = {"rewards": [{"name": "learned", "model": "preferences"}], "preferences": {"path": "none.jsonl"}}
+    with pytest.raises(ConfigError, match=r"serving\.gate: learned is the reward model of `preferences`, and .* none"):
+        check(learned)
+    assert check(learned, trains_reward=True).components[0].name == "learned"
+    assert len(check(num_prompts=2).gate_rows) == 2
+
+    tokenizer = build_tiny_tokenizer()
+    kept, notes = gate_prompts(check(max_response_tokens=900), tokenizer)
+    assert [prompt.columns for prompt in kept] == [{"answer": 1}, {"answer": 2}]
+    assert notes == ["the gate judges with 2 prompts, serving.gate.num_prompts is 32, 1 are longer than 123 tokens"]
+    with pytest.raises(ConfigError, match=r"serving\.gate\.prompts .*gate\.jsonl: each is longer than 3 tokens"):
+        gate_prompts(check(max_response_tokens=1020), tokenizer)
 
 
 def test_what_cannot_be_served_is_refused_before_anything_starts(
