@@ -52,7 +52,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train a policy: preferences and reward model (if configured), PPO, evaluation, report.
 
     Ctrl-C or SIGTERM finishes the running step, writes a checkpoint and ends; a second Ctrl-C ends at once.
-    Continue with `headrace train CONFIG resume=true`.
+    Continue with `headrace train CONFIG resume=true`. With `serving.start` the policy is served meanwhile, and on.
     """
     settings = configuration.load(config, overrides or ())
     from cluster.preflight import check  # imports are slow, and `--help` should not be
@@ -60,11 +60,13 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     preflight = check(settings)
     if settings.ray.address is None:
         stay_on_loopback()
+    from cluster.outliving import check_served
     from cluster.progress import Progress
     from cluster.train import run
 
+    served = check_served(settings)
     with Progress(settings.steps) as progress:
-        outcome, received = run_until_signal(lambda stopping: run(settings, preflight, progress, stopping))
+        outcome, received = run_until_signal(lambda stopping: run(settings, preflight, progress, stopping, served))
     if received is not None:
         print(how_to_continue(settings.output_dir, config, outcome), file=sys.stderr)
         raise SystemExit(128 + received)
@@ -328,7 +330,7 @@ def run_until_signal(
 
         def on_signal(number: int) -> None:
             ends_by_itself = stopping.graceful and not received
-            consequence = "ends after this step, with a checkpoint" if ends_by_itself else "is cancelled"
+            consequence = stopping.consequence if ends_by_itself else "is cancelled"
             stopping.on_signal(signal.Signals(number).name, consequence)
             if not ends_by_itself:
                 task.cancel()
@@ -354,6 +356,8 @@ def how_to_continue(output_dir: Path, config: Path, outcome: Any) -> str:
     """What to do after a run was stopped."""
     if outcome is None and not (output_dir / "config.yaml").exists():
         return "stopped before anything was written; start again"
+    if outcome is not None and outcome.finished:
+        return f"training finished after step {outcome.step}; the policy is not served any more"
     where = f"after step {outcome.step}" if outcome is not None else "at once"
     return f"stopped {where}; continue with: headrace train {config} resume=true"
 

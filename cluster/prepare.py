@@ -14,9 +14,11 @@ from transformers import AutoTokenizer
 from actors.pool import RolloutPool
 from actors.prompts import PromptStream, render
 from cluster import launch
+from cluster.application import Application
 from cluster.doctor.software import versions
 from cluster.job import Job
 from cluster.leases import LeaseBook
+from cluster.outliving import Outliving
 from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
 from cluster.preflight.adapters import check_adapters
@@ -40,14 +42,20 @@ from learner.experience_queue import ExperienceQueue, StalenessBound
 from models import bundled
 from models.engine_adapters import AdapterSettings
 from serving.archive import weights_key
+from serving.records import StartWeights
 
 
 async def prepare(
-    config: Config, preflight: Preflight, progress: Progress, stopping: StopRequest, stack: AsyncExitStack
+    config: Config,
+    preflight: Preflight,
+    progress: Progress,
+    stopping: StopRequest,
+    stack: AsyncExitStack,
+    served: Application | None = None,
 ) -> Job:
     """Start Ray, the rollout actors, replicas and the learner; train the reward model; restore a resumed run.
 
-    What it starts is stopped when `stack` closes.
+    With `served` that application too. What it starts is stopped when `stack` closes.
     """
     found = resumption(config, preflight, progress)
     saved = found.checkpoint if found else None
@@ -83,7 +91,11 @@ async def prepare(
     started = f"weights version {saved.step}" if saved else f"{config.steps} steps of {config.model.path}"
     log.event(Event("start", "the run", "resume=true" if saved else "", started))
     run_id = launch.new_run_id()
-    await stack.enter_async_context(launch.cluster(config, run_id, progress))
+    door = served.serving if served else None
+    await stack.enter_async_context(launch.cluster(config, run_id, progress, served=door))
+    outliving = Outliving(served, run_id, progress, stopping, on_event=log.event) if served else None
+    if outliving is not None:
+        stack.push_async_exit(outliving.outlive)
     measured = RayMetrics(run_id=run_id, run=config.output_dir.resolve().name)
     stack.callback(measured.close)
     log.on_event = measured.event
@@ -131,6 +143,8 @@ async def prepare(
         up = f"{config.reward_workers.num_replicas} replica(s) are up"
         log.event(Event("start", f"reward component {component.name}", "", up))
 
+    if outliving is not None:
+        await outliving.start(StartWeights(path, version, config.model.dtype))
     bound = StalenessBound(
         config.streaming.max_lag_steps, config.training.prompts_per_batch, config.streaming.stale_tokens
     )

@@ -21,6 +21,7 @@ from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
 from cluster import nodes, recover, resume, rounds, watch
+from cluster.application import Application
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
 from cluster.leases import Lease
@@ -44,16 +45,25 @@ _LOOK_AGAIN_S = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a run came; `finished` is False when it was asked to stop before the last step."""
+    """How far a run came; `finished` is False when it was asked to stop before it had evaluated the last step."""
 
     step: int
     finished: bool
 
 
-async def run(config: Config, preflight: Preflight, progress: Progress, stopping: StopRequest) -> Outcome:
-    """Prepare, evaluate, train, evaluate again, report. While it trains, `stopping` ends it early with a checkpoint."""
+async def run(
+    config: Config,
+    preflight: Preflight,
+    progress: Progress,
+    stopping: StopRequest,
+    served: Application | None = None,
+) -> Outcome:
+    """Prepare, evaluate, train, evaluate again, report. While it trains, `stopping` ends it early with a checkpoint.
+
+    With `served` it starts that application before the first step; see `cluster.outliving` for what becomes of it.
+    """
     async with AsyncExitStack() as stack:
-        job = await prepare(config, preflight, progress, stopping, stack)
+        job = await prepare(config, preflight, progress, stopping, stack, served)
         await resume.catch_up(job, publish)
         before = await recover.evaluation_before(job, evaluate)
         name, batch_size = config.algorithm.name.upper(), config.training.batch_size
@@ -74,13 +84,14 @@ async def run(config: Config, preflight: Preflight, progress: Progress, stopping
             await recover.checkpoint(job)
         rolled_back = await watch.roll_back_if_asked(job)
         stopping.graceful = False
-        if (job.version == config.steps or job.alarmed) and not stopping.is_set() and not rolled_back:
+        finished = (job.version == config.steps or job.alarmed) and not stopping.is_set()
+        if finished and not rolled_back:
             after = await evaluate(job)
             comparison = compare(before, after, shown_samples=config.evaluation.shown_samples)
             write_json(config.output_dir / "evaluation.json", comparison)
             progress.result(evaluation_table(comparison))
         progress.note(f"report: {write_report(config.output_dir)}")
-        return Outcome(job.version, finished=job.version == config.steps)
+        return Outcome(job.version, finished)
 
 
 async def collect(job: Job) -> None:

@@ -25,6 +25,8 @@ def check_gpus(config: Config) -> None:
         "reference_workers": config.reference_workers.num_replicas * config.reference_workers.num_gpus,
         "learner": config.learner.num_ranks * config.learner.num_gpus,
     }
+    if config.served is not None:  # it has replicas for the rewards of its own
+        asked["serving"] = config.served.most_engines * config.served.replicas.num_gpus + asked["reward_workers"]
     total, present = sum(asked.values()), visible_gpus()
     if total > present + 1e-6:  # shares like 0.1 do not add up exactly
         parts = ", ".join(f"{name} {count:g}" for name, count in asked.items() if count)
@@ -41,7 +43,7 @@ def check_memory(config: Config, *, policy: int | None, reward_models: list[int 
     if need > available:
         raise ConfigError(
             f"memory: the run needs about {need:.1f} GiB, {available:.1f} GiB are available; take a smaller model.path "
-            "or lower rollout.num_workers, rollout.kv_cache_gib or num_replicas"
+            "or lower rollout.num_workers, rollout.kv_cache_gib, num_replicas or serving.replicas"
         )
 
 
@@ -56,12 +58,18 @@ def memory_gib(config: Config, *, policy: int, reward_models: list[int]) -> floa
     if not rollout.num_gpus:
         engine += rollout.kv_cache_gib
     scorers = sum(weights(rewards.num_gpus, size, BF16_BYTES) + REPLICA_PROCESS_GIB for size in reward_models)
+    served, serving = config.served, 0.0
+    if served is not None:
+        cache_gib = 0.0 if served.replicas.num_gpus else served.replicas.kv_cache_gib
+        each = weights(served.replicas.num_gpus, policy, BF16_BYTES) + ENGINE_PROCESS_GIB + cache_gib
+        serving = served.most_engines * each + rewards.num_replicas * scorers
     return (
         weights(config.learner.num_gpus, policy, LORA_LEARNER_BYTES if config.training.lora else LEARNER_BYTES)
         + config.learner.num_ranks * LEARNER_PROCESS_GIB
         + rollout.most_workers * engine
         + rewards.num_replicas * scorers
         + reference.num_replicas * (weights(reference.num_gpus, policy, BF16_BYTES) + REPLICA_PROCESS_GIB)
+        + serving
     )
 
 

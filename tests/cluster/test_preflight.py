@@ -334,6 +334,21 @@ def test_memory_is_refused_only_when_clearly_impossible(run, monkeypatch):
     check(run(ray={"address": "auto"}))
 
 
+def test_the_application_of_a_run_needs_memory_and_gpus_too(run, monkeypatch):
+    serving = {"replicas": {"max_replicas": 2}, "pinned": [3]}
+    alone, beside = (
+        capacity.memory_gib(run(serving={"start": start} | serving), policy=1 << 30, reward_models=[1 << 29])
+        for start in (False, True)
+    )
+    # Three engines with 2 bytes a parameter, a process and a cache each, and the reward model once more.
+    assert beside - alone == pytest.approx(3 * (2 + 1.5 + 1.0) + 1 + 0.7)
+    monkeypatch.setattr(capacity, "visible_gpus", lambda: 2)
+    on_gpu = serving | {"replicas": {"max_replicas": 2, "num_gpus": 1}}
+    with pytest.raises(ConfigError, match=r"the run asks for 3 GPUs \(serving 3\), this machine has 2"):
+        capacity.check_gpus(run(serving={"start": True} | on_gpu))
+    capacity.check_gpus(run(serving=on_gpu))
+
+
 def test_weights_on_a_gpu_take_no_host_memory(run):
     gpu = {"num_gpus": 1}
     config = run(rollout=gpu, reward_workers=gpu, reference_workers=gpu, learner=gpu)
