@@ -70,7 +70,7 @@ def start_ray(
         options["address"] = config.ray.address
     # The command handles signals itself, so it is no news that Ray cannot in a thread.
     logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
-    context: Any = ray.init(**options)
+    context: Any = _started(options)
     bound_to = context.address_info["node_ip_address"]
     if config.ray.address is None and bound_to != LOOPBACK:
         ray.shutdown()
@@ -102,6 +102,20 @@ def start_serve(served: ServingConfig | None = None) -> None:
             "Ray Serve runs on this cluster already, without HTTP: stop it with `serve shutdown` when nothing needs "
             "it, or serve on another cluster"
         )
+
+
+def _started(options: dict[str, Any]) -> Any:
+    """Ray gives its own processes half a minute, and says of those that were late neither who nor why."""
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        load, cores = os.getloadavg()[0], os.cpu_count()
+        raise RuntimeError(
+            f"Ray's own processes were not up after 30 s: {load:.0f} processes compete for {cores} cores here; start "
+            "again when less else runs (a run goes on with resume=true)"
+        ) from error
 
 
 def take_sigterm_back() -> None:
