@@ -52,12 +52,14 @@ def start_ray(
     search_path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
     # Learner, engine and replicas share cores: threads that spin while they wait would take them from each other.
     environment = {"PYTHONPATH": search_path, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    runtime_env: dict[str, Any] = {"env_vars": environment}
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": runtime_env,
         "log_to_driver": False,
         "logging_level": logging.WARNING,
     }
     if config.ray.address is None:
+        runtime_env["worker_process_setup_hook"] = "cluster.loopback.keep_replicas_in"
         options |= {
             "address": "local",
             "num_cpus": config.ray.num_cpus or local_cpus(config, served=served),

@@ -1,12 +1,14 @@
 """A local Ray that nobody outside this machine can reach.
 
-Ray decides when it is imported whether it may listen on every interface, so this has to come first.
+Ray decides when it is imported whether it may listen on every interface, so this has to come first. Serve does not ask
+Ray: its replicas are kept in by a hook of each worker.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 LOOPBACK = "127.0.0.1"
 
@@ -29,3 +31,20 @@ def stay_on_loopback() -> None:
         raise RuntimeError("ray was imported before cluster.loopback.stay_on_loopback() was called")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def keep_replicas_in() -> None:
+    """Setup hook of every worker: a replica of Serve listens on loopback alone.
+
+    Each replica has a gRPC server for calls from other replicas. It unpickles what anybody sends, and listens on all
+    interfaces whatever the address of the node is.
+    """
+    from ray._common import tls_utils
+
+    add_port = tls_utils.add_port_to_grpc_server
+
+    def add_port_on_loopback(server: Any, address: str) -> int:
+        port: int = add_port(server, address.replace("[::]", LOOPBACK))
+        return port
+
+    tls_utils.add_port_to_grpc_server = add_port_on_loopback

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ KEEPER = "the version keeper"
 _POLL_S = 10.0
 _LATE_S = 20.0  # the keeper may be starting again, or hash what it reads from disk
 _PAUSE_S = 1.0
+_AT_WORK_S = 5.0
 _EXCHANGE_S = 30.0  # of an order's deadline, which draining has to leave
 SILENT_S = 60.0  # an engine core that stands still for so long is stopped or hung
 _ASKING = (NoAnswer, RayError, RayServeException)  # the keeper is away
@@ -199,14 +200,25 @@ class PolicyReplica:
     async def _obey(self, order: Order) -> None:
         """Serve what the order says, or as before; the keeper is told which."""
         refused = ""
+        at_work = asyncio.create_task(self._say_at_work())
         try:
             await self._take(order)
         except (DeltaError, WeightsError, DrainError, NoAnswer, RayError) as error:
             refused = first_line(error)
             consequence = self._engine.broken or f"serves version {self._engine.version} and asks for a keyframe"
             self._tell(Event("refusal", self._name, f"version {order.version}: {refused}", consequence))
+        finally:
+            at_work.cancel()
         served = self._versions.served.remote(self._settings.slot, self._name, self._engine.version, refused)
         await answer(served, who=KEEPER, asked="note what is served", deadline_s=_LATE_S)
+
+    async def _say_at_work(self) -> None:
+        """Else the keeper gives the turn to another: whoever is silent has died."""
+        while True:
+            await asyncio.sleep(_AT_WORK_S)
+            with suppress(*_ASKING):
+                said = self._versions.at_work.remote(self._settings.slot, self._name)
+                await answer(said, who=KEEPER, asked="hear a sign of life", deadline_s=_LATE_S)
 
     async def _take(self, order: Order) -> None:
         """Fetched, checked and written while requests run; only the exchange of weights waits for them to finish."""

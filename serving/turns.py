@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_SILENT_S = 30.0  # after the end of its last poll a replica is taken for gone
+_SILENT_S = 30.0  # after its last poll, or sign of life, a replica is taken for gone
 _PAUSES_S = (0.0, 5.0, 20.0, 60.0)  # after so many refusals in a row
 
 State = Literal["starting", "serving", "changing", "late"]
@@ -13,13 +13,14 @@ State = Literal["starting", "serving", "changing", "late"]
 
 @dataclass
 class _Replica:
-    """`since` says when the state began, `until` when it has to be heard of again."""
+    """`since` says when the state began, `until` when it has to be heard of again, `ends` when its turn is over."""
 
     version: int | None
     running: int
     state: State
     since: float
     until: float
+    ends: float = 0.0
     refusals: int = 0
     not_before: float = 0.0
     error: str = ""
@@ -56,7 +57,13 @@ class Turns:
         me = self._slots[slot][replica]
         if me.state != "starting":
             me.state, me.since = "changing", now
-        me.until = now + deadline_s
+        me.until = me.ends = now + deadline_s
+
+    def at_work(self, slot: str, replica: str, now: float) -> None:
+        """A sign of life of one whose turn it is: without another it has lost the turn long before `deadline_s`."""
+        me = self._slots.get(slot, {}).get(replica)
+        if me is not None and me.state in ("changing", "starting"):
+            me.until = min(me.ends, now + _SILENT_S)
 
     def alone(self, slot: str, replica: str) -> bool:
         """Whether no other replica of the slot serves."""

@@ -142,6 +142,10 @@ class VersionKeeper:
                 async with asyncio.timeout(wait):
                     await changed.wait()
 
+    async def at_work(self, slot: str, replica: str) -> None:
+        """The replica has its order and works on it. One that has died does not say so, and another has its turn."""
+        self._turns.at_work(slot, replica, now())
+
     async def served(self, slot: str, replica: str, version: int | None, error: str = "") -> None:
         """The outcome of an order: what is served now. With an `error` the next order begins with a keyframe."""
         self._turns.changed(slot, replica, version, error, now())
@@ -221,6 +225,7 @@ class VersionKeeper:
             self._turns.changed(slot, replica, version, "", now())
             return None
         self._problems.pop(slot, None)
+        self._turns.at_work(slot, replica, now())
         return Order(wanted, steps, deadline_s, alone=self._turns.alone(slot, replica))
 
     async def _steps(self, version: int, held: int | None) -> list[Step]:

@@ -4,10 +4,16 @@ import ipaddress
 import subprocess
 import sys
 import time
+from typing import Any
 
 import psutil
+from ray import serve
 
 from tests.command import Processes
+
+
+class Nothing:
+    """A deployment that does nothing."""
 
 
 def listening(process: psutil.Process) -> list[str]:
@@ -37,6 +43,18 @@ def test_a_local_ray_listens_on_loopback_alone(ray_session: Processes) -> None:
         time.sleep(0.2)
     assert len(sockets) >= 3
     assert {socket for socket in sockets if not on_loopback(socket[1])} == set()
+
+
+def test_replicas_of_serve_listen_on_loopback_alone(ray_session: Processes) -> None:
+    replica: Any = serve.deployment(Nothing, name="nothing", ray_actor_options={"num_cpus": 0})
+    serve.run(replica.bind(), name="loopback-test", route_prefix=None)
+    try:
+        (process,) = ray_session.alive("ray::ServeReplica:loopback-test:nothing")
+        addresses = listening(process)
+        assert addresses, "its gRPC server: a Ray without one needs no hook any more"
+        assert [address for address in addresses if not on_loopback(address)] == []
+    finally:
+        serve.delete("loopback-test")
 
 
 def test_ray_imported_first_is_an_error() -> None:

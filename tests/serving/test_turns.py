@@ -52,6 +52,23 @@ def test_slots_have_turns_of_their_own() -> None:
     assert turns.alone("pinned-3", "p")
 
 
+def test_who_died_with_an_order_holds_the_others_up_for_half_a_minute_and_not_for_its_deadline() -> None:
+    turns = turns_of(2)
+    turns.changes("live", "r0", 0.0, 330.0)
+    turns.at_work("live", "r0", 1.0)
+    assert not poll(turns, "r1", 30.0)
+    assert turns.next_change_s(30.0) == pytest.approx(1.0)
+    assert poll(turns, "r1", 31.0)
+
+
+def test_who_says_that_it_works_keeps_the_turn_until_its_deadline() -> None:
+    turns = turns_of(2)
+    turns.changes("live", "r0", 0.0, 100.0)
+    for now in range(0, 120, 5):
+        turns.at_work("live", "r0", float(now))
+        assert poll(turns, "r1", now + 1.0) == (now + 1 >= 100)
+
+
 def test_who_does_not_finish_in_time_loses_the_turn_and_who_falls_silent_is_gone() -> None:
     turns = turns_of(2)
     turns.changes("live", "r0", 1.0, 50.0)
