@@ -1,0 +1,54 @@
+"""Weights that sign what they write: each version says some tokens by other names, so its answers name it.
+
+Version v is the served model with the rows of two sets of tokens exchanged, in the embedding and in the output layer.
+Greedy, it computes what version 0 computes and says `names[v][i]` wherever version 0 says `names[0][i]`, as long as no
+prompt has a token of either set. So each such token of an answer tells which weights wrote it, whatever its label says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+
+class Marks:
+    """Names for versions 0 to `versions`.
+
+    Args:
+        said: how often version 0 says each token.
+        reserved: tokens of prompts and special ones, which keep their meaning.
+        vocabulary: rows of the embedding.
+        most: tokens that a version renames; fewer where the vocabulary is small.
+
+    Raises:
+        ValueError: the vocabulary is too small for a single name for each version.
+    """
+
+    def __init__(
+        self, said: Counter[int], reserved: set[int], *, vocabulary: int, versions: int, most: int = 200
+    ) -> None:
+        free = sorted(set(range(vocabulary)) - reserved - said.keys())
+        often = [token for token, _ in said.most_common() if token not in reserved][: min(most, len(free) // versions)]
+        if not often:
+            raise ValueError(f"{len(free)} of {vocabulary} tokens are free: too few for {versions} versions")
+        random.Random(0).shuffle(free)
+        self.names = [often] + [free[i * len(often) : (i + 1) * len(often)] for i in range(versions)]
+        self._version_of = {token: version for version, names in enumerate(self.names) for token in names}
+
+    def weights(self, base: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
+        """Those of `version`; what does not differ from `base` is shared with it."""
+        ours, theirs = self.names[0], self.names[version]
+        named = dict(base)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in base:
+                rows = base[name].clone()
+                rows[ours], rows[theirs] = base[name][theirs], base[name][ours]
+                named[name] = rows
+        return named
+
+    def signed(self, tokens: Iterable[int]) -> set[int]:
+        """The versions that wrote these tokens, by what they say; empty where none of them has a name."""
+        return {self._version_of[token] for token in tokens if token in self._version_of}
