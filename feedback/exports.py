@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from contracts.config import ConfigError
 
 _ROWS_AT_ONCE = 2_000
+Writer = Callable[[Iterable[pa.Table], pa.Schema, Path, str], None]
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path) -> None:
@@ -26,30 +27,37 @@ def write_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema, path: Path)
     Rows are taken a few thousand at a time. Folders on the way are made.
 
     Raises:
-        ConfigError: another ending; a datasets folder without the package `datasets`, or where something is already.
+        ConfigError: what `check_place` raises.
     """
-    name = path.name.lower()
-    write: Callable[[Iterable[pa.Table], pa.Schema, Path, str], None]
-    if name.endswith(".parquet"):
-        write = _write_parquet
-    elif name.endswith((".jsonl", ".jsonl.gz")):
-        write = _write_json
-    elif "." not in name:
-        datasets_package()
-        if path.exists():
-            raise ConfigError(f"{path}: is there already; a datasets folder is written to a new place")
-        write = _write_folder
-    else:
-        raise ConfigError(f"{path}: written are .parquet, .jsonl, .jsonl.gz, or a datasets folder without an ending")
+    write = check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(_tables(rows, schema), schema, unfinished, name)
+        write(_tables(rows, schema), schema, unfinished, path.name.lower())
         os.replace(unfinished, path)
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> Writer:
+    """What writes a file of that name.
+
+    Raises:
+        ConfigError: another ending; a datasets folder without the package `datasets`, or where something is already.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _write_parquet
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _write_json
+    if "." in name:
+        raise ConfigError(f"{path}: written are .parquet, .jsonl, .jsonl.gz, or a datasets folder without an ending")
+    datasets_package()
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; a datasets folder is written to a new place")
+    return _write_folder
 
 
 def datasets_package() -> Any:

@@ -17,6 +17,7 @@ from feedback.store.records import (
     Refused,
     Source,
     TaskKind,
+    Totals,
     check_gold,
     check_kind,
     check_text,
@@ -183,24 +184,43 @@ def next_task(
     if held is not None:
         return assignment(connection, held)
     asked = exists().where(judgments.c.task_id == tasks.c.id, judgments.c.annotator_id == annotator_id, standing())
-    places = (
-        select(func.count())
-        .where(leases.c.task_id == tasks.c.id, ~leases.c.ended, leases.c.deadline_s > now)
-        .scalar_subquery()
-    )
-    task_id = connection.scalar(
-        select(tasks.c.id)
-        .where(tasks.c.open, allowed, ~asked, tasks.c.votes + places < tasks.c.required_votes)
-        .order_by(tasks.c.priority.desc(), tasks.c.score.desc(), tasks.c.id)
-        .limit(1)
-        .with_for_update(of=tasks, skip_locked=True)
-    )
+    task_id = _with_room(connection, and_(allowed, ~asked), now=now)
     if task_id is None:
         return None
     if rng.random() < gold_rate:
         unseen = connection.scalars(select(tasks.c.id).where(tasks.c.gold.is_not(None), allowed, ~asked)).all()
         task_id = rng.choice(unseen) if unseen else task_id
     return lease(connection, task_id, annotator_id, now=now, lease_s=lease_s, rng=rng)
+
+
+def _with_room(connection: Connection, wanted: ColumnElement[bool], *, now: float) -> str | None:
+    """The first task that is short of votes and leases, locked until this transaction ends.
+
+    PostgreSQL: tasks that others hold are passed over at first, and waited for where there is nothing else. A query
+    sees what was there when it began; whoever had the lock before may have taken the last place since, so it is counted
+    again under the lock.
+    """
+    places = (
+        select(func.count())
+        .where(leases.c.task_id == tasks.c.id, ~leases.c.ended, leases.c.deadline_s > now)
+        .scalar_subquery()
+    )
+    has_room = and_(tasks.c.open, tasks.c.votes + places < tasks.c.required_votes)
+    first = (
+        select(tasks.c.id)
+        .where(wanted, has_room)
+        .order_by(tasks.c.priority.desc(), tasks.c.score.desc(), tasks.c.id)
+        .limit(1)
+    )
+    passing_over = True
+    while True:
+        task_id = connection.scalar(first.with_for_update(of=tasks, skip_locked=passing_over))
+        if task_id is None and not passing_over:
+            return None
+        if task_id is None:
+            passing_over = False
+        elif connection.scalar(select(tasks.c.id).where(tasks.c.id == task_id, has_room)) is not None:
+            return str(task_id)
 
 
 def lease(
@@ -302,15 +322,17 @@ def progress(connection: Connection, annotator_id: int) -> Progress:
     counted, skipped = connection.execute(
         select(func.count(), skips).where(judgments.c.annotator_id == annotator_id, standing())
     ).one()
+    of_all = totals(connection)
+    return Progress(counted - skipped, skipped, of_all.votes, of_all.required_votes, of_all.open_tasks)
+
+
+def totals(connection: Connection) -> Totals:
     of_all = select(
         func.coalesce(func.sum(tasks.c.votes), 0),
         func.coalesce(func.sum(tasks.c.required_votes), 0),
         func.coalesce(func.sum(tasks.c.open.cast(tasks.c.votes.type)), 0),
     )
-    votes, required, open_tasks = connection.execute(
-        of_all.where(tasks.c.gold.is_(None), tasks.c.required_votes > 0)
-    ).one()
-    return Progress(counted - skipped, skipped, votes, required, open_tasks)
+    return Totals(*connection.execute(of_all.where(tasks.c.gold.is_(None), tasks.c.required_votes > 0)).one())
 
 
 def digest(*parts: str) -> str:

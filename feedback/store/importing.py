@@ -12,12 +12,13 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from contracts.config import ConfigError
 from contracts.records import Comparison
-from feedback.formats import file_rows, stream_preferences, stream_unpaired
+from feedback.formats import stream_preferences, stream_unpaired
 from feedback.quality import UnpairedLabel
+from feedback.rows import file_rows
 from feedback.simulate import Pair
 from feedback.store.asking import prompt_row, response_row, task_row
 from feedback.store.judging import ImportedVote, add_votes
-from feedback.store.records import ImportReport, Judgment, Refused, Source
+from feedback.store.records import Candidate, ImportReport, Judgment, Refused, Source
 from feedback.store.results import add_run
 from feedback.store.schema import (
     ROWS_AT_ONCE,
@@ -164,6 +165,59 @@ def add_pairs(
         for table, rows in ((prompts, texts), (responses, sides), (tasks, asked.values())):
             insert_new(connection, table, rows)
     return ImportReport(kept, known, dict(dropped))
+
+
+def add_candidates(
+    connection: Connection, candidates: Iterable[Candidate], *, required_votes: int, gold: bool, now: float
+) -> ImportReport:
+    """Pairs as tasks; with `gold` as checks of annotators, of which `first` is the better response. A task that is
+    there stays as it is. Dropped are identical responses ("identical") and texts that are none (codes)."""
+    kept = known = 0
+    dropped: Counter[str] = Counter()
+    for part in chunks(candidates, ROWS_AT_ONCE):
+        texts: dict[str, dict[str, Any]] = {}
+        sides: dict[str, dict[str, Any]] = {}
+        asked: dict[str, dict[str, Any]] = {}
+        usable = 0
+        for candidate in part:
+            if candidate.first.text.strip() == candidate.second.text.strip():
+                dropped["identical"] += 1
+                continue
+            try:
+                prompt, both, task = _rows_of(candidate, required_votes=required_votes, gold=gold, now=now)
+            except Refused as refused:
+                dropped[refused.code] += 1
+                continue
+            usable += 1
+            texts[prompt["id"]] = prompt
+            sides |= {side["id"]: side for side in both}
+            asked[task["id"]] = task
+        there = set(connection.scalars(select(tasks.c.id).where(tasks.c.id.in_(asked))))
+        kept += len(asked.keys() - there)
+        known += usable - len(asked.keys() - there)
+        for table, rows in ((prompts, texts), (responses, sides), (tasks, asked)):
+            insert_new(connection, table, rows.values())
+    return ImportReport(kept, known, dict(dropped))
+
+
+def _rows_of(
+    candidate: Candidate, *, required_votes: int, gold: bool, now: float
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    prompt = prompt_row(candidate.prompt, candidate.prompt_name, candidate.domain, candidate.messages, now)
+    first, second = (
+        response_row(
+            prompt["id"], side.text, source=candidate.source, now=now,
+            weights_version=side.weights_version, sampling=side.sampling,
+        )
+        for side in (candidate.first, candidate.second)
+    )  # fmt: skip
+    a, b = sorted((first, second), key=lambda row: str(row["id"]))
+    answer = ("a" if a is first else "b") if gold else None
+    task = task_row(
+        "pair", prompt["id"], a["id"], b["id"],
+        required_votes=required_votes, score=candidate.score, gold=answer, now=now,
+    )  # fmt: skip
+    return prompt, [a, b], task
 
 
 def import_votes(connection: Connection, path: Path, *, voters: str, now: float) -> ImportReport:

@@ -44,6 +44,9 @@ def submit(
         return before
     if connection.scalar(select(tasks.c.id).where(tasks.c.id == task_id).with_for_update()) is None:
         raise Refused("unknown_task", f"there is no task {task_id!r:.80}")
+    before = _repeated(connection, annotator_id, judgment, act)
+    if before:  # PostgreSQL: the same request, which had the lock until now
+        return before
     held = live_lease(connection, lease_id, annotator_id, now=now)
     if held.task_id != task_id:
         raise Refused("no_lease", f"lease {lease_id} is on another task than {task_id!r:.80}")
@@ -95,6 +98,9 @@ def judge_served(
         required_votes=0, scale=scale, task_id=named, now=now,
     )  # fmt: skip
     kept_scale = connection.scalar(select(tasks.c.scale).where(tasks.c.id == task_id).with_for_update())
+    before = _repeated(connection, annotator_id, judgment, act)
+    if before:  # as in submit
+        return _sides_swapped(before) if swapped else before
     check_judgment(stored, kind, int(kept_scale or scale))
     how = {"origin": "served", "lease_id": None, "shown_left": shown_left}
     receipt = _vote(connection, annotator_id, task_id, stored, act, how, now=now, digest_of=judgment)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
-from feedback.store.records import Gap, Refused, check_text
+from feedback.store.records import Gap, Person, Refused, check_text
 from feedback.store.schema import add_row, annotators, gaps, judgments, leases, prompts, responses, tasks
 
 
@@ -67,6 +67,27 @@ def named_annotators(connection: Connection, names: set[str], *, now: float) -> 
 def _ids(connection: Connection, names: set[str]) -> dict[str, int]:
     found = connection.execute(select(annotators.c.name, annotators.c.id).where(annotators.c.name.in_(names)))
     return {row.name: row.id for row in found}
+
+
+def find(connection: Connection, name: str) -> int:
+    """The annotator of that name. Raises Refused (unknown_annotator)."""
+    found = connection.scalar(select(annotators.c.id).where(annotators.c.name == name))
+    if found is None:
+        raise Refused("unknown_annotator", f"there is no annotator {name!r:.80}")
+    return int(found)
+
+
+def everybody(connection: Connection) -> list[Person]:
+    """All annotators in the order in which they came."""
+    later = judgments.alias()
+    stands = and_(
+        judgments.c.annotator_id == annotators.c.id,
+        judgments.c.act == "vote",
+        ~select(later.c.id).where(later.c.supersedes == judgments.c.id).exists(),
+    )
+    votes = select(func.count()).where(stands).correlate(annotators).scalar_subquery()
+    columns = (annotators.c.id, annotators.c.name, annotators.c.active, annotators.c.token_hash.is_not(None), votes)
+    return [Person(*row) for row in connection.execute(select(*columns).order_by(annotators.c.id))]
 
 
 def export(connection: Connection, annotator_id: int) -> dict[str, Any]:

@@ -82,6 +82,33 @@ class Judgment:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A response; where a policy wrote it, which weights and with which sampling settings."""
+
+    text: str
+    weights_version: int | None = None
+    sampling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Two responses to one prompt that people may be asked about. Which becomes a follows from hashes of the texts.
+
+    prompt_name: what a file or a run calls the prompt.
+    score: of tasks of equal priority the one with the higher score is asked first.
+    """
+
+    prompt: str
+    first: Written
+    second: Written
+    source: Source
+    prompt_name: str = ""
+    domain: str = ""
+    messages: list[dict[str, str]] | None = None
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
 class Assignment:
     """A task that an annotator may answer until `deadline_s` (seconds since 1970). Who wrote what stays hidden.
 
@@ -123,6 +150,26 @@ class Progress:
     votes: int
     required_votes: int
     open_tasks: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of all tasks that people are asked, gold checks aside."""
+
+    votes: int
+    required_votes: int
+    open_tasks: int
+
+
+@dataclass(frozen=True)
+class Person:
+    """An annotator. `votes` are standing judgments, skips and gold checks among them."""
+
+    annotator_id: int
+    name: str
+    active: bool
+    has_token: bool
+    votes: int
 
 
 @dataclass(frozen=True)

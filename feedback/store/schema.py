@@ -6,6 +6,7 @@ Judgments are only ever added. What they supersede stays; the one exception is a
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -29,18 +31,20 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    func,
     insert,
     inspect,
     make_url,
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 
 from feedback.store.records import Refused
 
 STORE_SCHEMA_VERSION = 1
 ROWS_AT_ONCE = 2_000  # in one statement; SQLite takes 32,766 values
+_OPENING = 0x68656164726163  # any number will do: locks of this kind have nothing but one
 
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows in an INTEGER column only
 metadata = MetaData()
@@ -204,6 +208,31 @@ datasets = Table(
 )
 
 
+def absolute(place: str) -> str:
+    """The same place for a process that runs in another folder."""
+    if "://" not in place:
+        return str(Path(place).resolve())
+    url = _url(place)
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return place
+    return url.set(database=str(Path(str(url.database)).resolve())).render_as_string(hide_password=False)
+
+
+def file_of(place: str) -> Path | None:
+    """Where an SQLite store is; None where the place is the URL of a server. Raises Refused (not_a_store)."""
+    if "://" not in place:
+        return Path(place)
+    url = _url(place)
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+
+
+def _url(text: str) -> URL:
+    try:
+        return make_url(text)
+    except ArgumentError as error:
+        raise Refused("not_a_store", f"{text}: neither a path nor the URL of a database") from error
+
+
 def connect(place: str | Path, *, busy_s: float) -> Engine:
     """An engine on tables of this version, made where the database is empty.
 
@@ -214,10 +243,7 @@ def connect(place: str | Path, *, busy_s: float) -> Engine:
     if "://" not in text:
         Path(text).parent.mkdir(parents=True, exist_ok=True)
         text = f"sqlite:///{text}"
-    try:
-        url = make_url(text)
-    except ArgumentError as error:
-        raise Refused("not_a_store", f"{place}: neither a path nor the URL of a database") from error
+    url = _url(text)
     if url.get_backend_name() == "sqlite":
         if not url.database or url.database == ":memory:":
             raise Refused("not_a_store", "a store in memory would lose what it acknowledged: give it a file")
@@ -225,21 +251,35 @@ def connect(place: str | Path, *, busy_s: float) -> Engine:
         event.listen(engine, "connect", lambda connection, _: _prepare_sqlite(connection, busy_s))
         event.listen(engine, "begin", _begin_sqlite)
     else:
-        engine = create_engine(url, pool_pre_ping=True, max_overflow=-1)
+        engine = _server_engine(url, busy_s)
     try:
         with engine.execution_options(writes=True).begin() as connection:
             _check_or_create(connection, url.render_as_string())
     except OperationalError as error:
         engine.dispose()
-        code = "busy" if "locked" in str(error.orig) else "not_a_store"
-        raise Refused(code, f"{url.render_as_string()}: cannot be opened: {error.orig}") from error  # type: ignore[arg-type]
+        said = " ".join(str(error.orig).split())
+        code = "busy" if waited_too_long(error) else "not_a_store"
+        raise Refused(code, f"{url.render_as_string()}: cannot be opened: {said}") from error  # type: ignore[arg-type]
     except DatabaseError as error:
         engine.dispose()
-        raise Refused("not_a_store", f"{url.render_as_string()}: is no database of ours: {error.orig}") from error
+        said = " ".join(str(error.orig).split())
+        raise Refused("not_a_store", f"{url.render_as_string()}: is no database of ours: {said}") from error
     except Refused:
         engine.dispose()
         raise
     return engine
+
+
+def _server_engine(url: URL, busy_s: float) -> Engine:
+    """Of a PostgreSQL: who waits for a lock, or for a network that is gone, gives up after `busy_s`."""
+    wait_ms = max(1, round(1000 * busy_s))
+    bounded: dict[str, Any] = {"connect_timeout": max(2, round(busy_s)), "tcp_user_timeout": wait_ms}
+    bounded["options"] = f"{url.query.get('options', '')} -c lock_timeout={wait_ms}".strip()
+    try:
+        return create_engine(url, pool_pre_ping=True, max_overflow=-1, connect_args=bounded)
+    except (ImportError, NoSuchModuleError) as error:
+        advice = "for postgresql+psycopg:// it is pip install 'headrace[postgresql]'"
+        raise Refused("not_a_store", f"{url.render_as_string()}: its driver is not here ({error}): {advice}") from error
 
 
 def _prepare_sqlite(connection: Any, busy_s: float) -> None:
@@ -267,7 +307,26 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+def sqlstate(error: DBAPIError) -> str:
+    """PostgreSQL's code of what went wrong (its manual, appendix A); "" of other databases."""
+    return getattr(error.orig, "sqlstate", None) or ""  # the one name that drivers share
+
+
+def waited_too_long(error: DBAPIError) -> bool:
+    """Whether others held what this one needed, until its patience ended."""
+    return "locked" in str(error.orig) or sqlstate(error) == "55P03"
+
+
+def unreachable(error: DBAPIError) -> bool:
+    """Whether a server is gone, or goes, so that nobody knows what became of a transaction that was being committed."""
+    state = sqlstate(error)
+    of_a_server = error.orig is not None and not isinstance(error.orig, sqlite3.Error)
+    return of_a_server and (error.connection_invalidated or state == "" or state.startswith(("08", "57P")))
+
+
 def _check_or_create(connection: Connection, name: str) -> None:
+    if connection.dialect.name == "postgresql":  # who opens a new one at the same time waits; SQLite's writers do
+        connection.execute(select(func.pg_advisory_xact_lock(_OPENING)))
     there = set(inspect(connection).get_table_names())
     if not there:
         metadata.create_all(connection)

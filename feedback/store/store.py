@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 
 from contracts.disk import DiskFull, room
 from feedback.ballots import Ballots
@@ -23,20 +23,26 @@ from feedback.store.judging import ImportedVote
 from feedback.store.records import (
     AggregateRun,
     Assignment,
+    Candidate,
     Gap,
     ImportReport,
     Judgment,
+    Person,
     Progress,
     Receipt,
     Refused,
     Source,
     TaskKind,
+    Totals,
     check_text,
 )
 from feedback.store.results import DatasetQuery, DatasetVersion, Judged, Method
-from feedback.store.schema import ROWS_AT_ONCE, connect, insert_new, prompts
+from feedback.store.schema import ROWS_AT_ONCE, connect, insert_new, prompts, sqlstate, unreachable, waited_too_long
 
 T = TypeVar("T")
+_ATTEMPTS = 5
+_AGAIN = ("40001", "40P01")  # PostgreSQL: two transactions that needed each other's locks; one was undone
+_DISK_FULL = "53100"
 KINDS: tuple[TaskKind, ...] = ("pair", "label", "rating", "thumbs", "correction")
 
 
@@ -133,6 +139,13 @@ class Store:
         options: Any = {"source": source, "required_votes": required_votes, "weights_version": weights_version}
         return self._write(lambda connection: importing.add_pairs(connection, pairs, **options, now=self._now()))
 
+    def add_candidates(
+        self, candidates: Iterable[Candidate], *, required_votes: int, gold: bool = False
+    ) -> ImportReport:
+        """Many pairs in one transaction, as tasks or, with `gold`, as checks whose `first` is the better response."""
+        options: Any = {"required_votes": required_votes, "gold": gold, "now": self._now()}
+        return self._write(lambda connection: importing.add_candidates(connection, candidates, **options))
+
     def set_scores(self, scores: Mapping[str, float]) -> int:
         """By task id, of feedback.sampling: the higher, the sooner asked, after priority."""
         return self._write(lambda connection: asking.set_scores(connection, scores))
@@ -157,6 +170,13 @@ class Store:
 
     def set_active(self, annotator_id: int, active: bool) -> None:
         self._write(lambda connection: people.set_active(connection, annotator_id, active))
+
+    def find(self, name: str) -> int:
+        """The annotator of that name. Raises Refused (unknown_annotator)."""
+        return self._read(lambda connection: people.find(connection, name))
+
+    def everybody(self) -> list[Person]:
+        return self._read(people.everybody)
 
     def export_annotator(self, annotator_id: int) -> dict[str, Any]:
         """All that is stored of one person, ready for JSON."""
@@ -255,6 +275,10 @@ class Store:
     def progress(self, annotator_id: int) -> Progress:
         return self._read(lambda connection: asking.progress(connection, annotator_id))
 
+    def totals(self) -> Totals:
+        """How far all tasks together are."""
+        return self._read(asking.totals)
+
     # What follows
 
     def ballots(self, kind: Judged = "pair") -> Ballots:
@@ -317,26 +341,40 @@ class Store:
         return self._write(lambda c: importing.import_votes(c, Path(path), voters=voters, now=self._now()))
 
     def _read(self, work: Callable[[Connection], T]) -> T:
-        with self._reader.begin() as connection:
-            return _checked(work, connection)
+        try:
+            with self._reader.begin() as connection:
+                return _checked(work, connection)
+        except OperationalError as error:
+            if unreachable(error):
+                raise _away() from error
+            raise
 
     def _write(self, work: Callable[[Connection], T]) -> T:
-        for attempt in range(3):
+        for attempt in range(_ATTEMPTS):
             try:
                 with self._writer.begin() as connection:
                     return _checked(work, connection)
             except IntegrityError:
                 # PostgreSQL: another transaction was first with the same key or vote; the next look finds it.
-                if attempt == 2:
+                if attempt == _ATTEMPTS - 1:
                     raise
             except OperationalError as error:
-                if "locked" in str(error.orig):
+                if waited_too_long(error):
                     raise Refused("busy", "others wrote for too long: try again") from error
+                if unreachable(error):
+                    raise _away() from error
                 if "disk is full" in str(error.orig):
                     folder = Path(self._engine.url.database or ".").parent
                     raise DiskFull(f"the store could not write: {room(folder)}") from error
-                raise
+                if sqlstate(error) == _DISK_FULL:
+                    raise DiskFull("the store could not write: the disk of the database's server is full") from error
+                if sqlstate(error) not in _AGAIN or attempt == _ATTEMPTS - 1:
+                    raise
         raise AssertionError("unreachable")
+
+
+def _away() -> Refused:
+    return Refused("busy", "the database does not answer: try again, a vote with the same idempotency key")
 
 
 def _checked(work: Callable[[Connection], T], connection: Connection) -> T:
@@ -345,5 +383,5 @@ def _checked(work: Callable[[Connection], T], connection: Connection) -> T:
         return work(connection)
     except UnicodeEncodeError as error:
         raise Refused("bad_text", "half a surrogate pair is no text") from error
-    except OverflowError as error:
+    except (OverflowError, DataError) as error:  # DataError: PostgreSQL's way of saying so
         raise Refused("bad_value", "a number of more than 64 bits") from error

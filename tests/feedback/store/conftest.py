@@ -1,4 +1,4 @@
-"""A store in a real file, its clock in the test's hands."""
+"""A store in a real file, and in a real PostgreSQL where there is one; its clock in the test's hands."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from feedback.store import Assignment, Judgment, Store
+from tests.postgresql import Server, binaries, postgresql
 
 
 @dataclass
@@ -22,9 +23,26 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    if binaries() is None:
+        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed here")
+    with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new store may be."""
+    if request.param == "sqlite":
+        return str(tmp_path / "feedback.db")
+    server: Server = request.getfixturevalue("postgresql_server")
+    return server.new_database()
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store(tmp_path / "feedback.db", now=clock, seed=1) as opened:
+def store(place: str, clock: Clock) -> Iterator[Store]:
+    with Store(place, now=clock, seed=1) as opened:
         yield opened
 
 

@@ -38,8 +38,8 @@ def some_pairs(count: int) -> list[Pair]:
     return [Pair(f"q{number:03d}", "", f"question {number}", "x", "y") for number in range(count)]
 
 
-def start(path: Path, annotator: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITER, str(path), str(annotator)]
+def start(place: str, annotator: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, place, str(annotator)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -49,13 +49,13 @@ def acknowledged(lines: list[str]) -> dict[int, tuple[str, str]]:
     return {int(number): (task, left) for number, task, left in whole}
 
 
-def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path):
-    path, rng = tmp_path / "feedback.db", random.Random(5)
-    with Store(path) as store:
+def test_kill_9_loses_nothing_that_was_acknowledged(place: str):
+    rng = random.Random(5)
+    with Store(place) as store:
         store.add_pairs(some_pairs(3000), source="file", required_votes=1)
         people = [store.register(f"n{number}")[0] for number in range(4)]
         for annotator in people:
-            writer = start(path, annotator)
+            writer = start(place, annotator)
             assert writer.stdout is not None
             lines = [writer.stdout.readline() for _ in range(1 + rng.randrange(1, 30))]
             time.sleep(rng.random() / 20)
@@ -70,13 +70,12 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path):
             assert told.items() <= kept.items()
             assert len(kept) <= len(told) + 1  # one was on disk and not yet told
             assert store.progress(annotator).voted == len(kept)
-    with Store(path) as store:
+    with Store(place) as store:
         assert store.progress(people[0]).votes == sum(len(store.export_annotator(p)["judgments"]) for p in people)
 
 
-def test_eight_processes_and_threads_share_the_work(tmp_path: Path):
-    path = tmp_path / "feedback.db"
-    with Store(path) as store:
+def test_eight_processes_and_threads_share_the_work(place: str):
+    with Store(place) as store:
         store.add_pairs(some_pairs(TASKS), source="file", required_votes=REQUIRED)
         people = [store.register(f"n{number}")[0] for number in range(8)]
         told: dict[int, dict[int, tuple[str, str]]] = {annotator: {} for annotator in people}
@@ -87,7 +86,7 @@ def test_eight_processes_and_threads_share_the_work(tmp_path: Path):
                 receipt = store.submit(annotator, given.task_id, judgment, lease_id=given.lease_id)
                 told[annotator][receipt.judgment_id] = (given.task_id, str(given.left))
 
-        writers = [start(path, annotator) for annotator in people[:3]]
+        writers = [start(place, annotator) for annotator in people[:3]]
         threads = [threading.Thread(target=work, args=(annotator,)) for annotator in people[3:]]
         for writer in writers:
             assert writer.stdout is not None
@@ -112,8 +111,8 @@ def test_eight_processes_and_threads_share_the_work(tmp_path: Path):
             assert len({task for task, _ in told[annotator].values()}) == len(told[annotator])
 
 
-def test_one_vote_sent_eight_times_at_once_is_one(tmp_path: Path):
-    with Store(tmp_path / "feedback.db") as store:
+def test_one_vote_sent_eight_times_at_once_is_one(place: str):
+    with Store(place) as store:
         store.add_pairs(some_pairs(2), source="file", required_votes=5)
         anna, _ = store.register("anna")
         given = store.next_task(anna)
