@@ -47,7 +47,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
 def store(arguments: argparse.Namespace) -> None:
     """Votes a second, acknowledged when they are synced; seconds from many votes in the store to probabilities."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(prefix="headrace-store-") as folder:
         print(f"fsync of 4 KiB there: {1000 * fsync_s(Path(folder)):.2f} ms, the median of 100\n")
         print("| one by one | votes | a second | of the processor, ms each |\n| --- | ---: | ---: | ---: |")
         with Store(Path(folder) / "asked.db") as asked:
