@@ -32,6 +32,7 @@ import httpx  # noqa: E402
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
+from contracts.labelling import LabellingConfig  # noqa: E402
 from feedback.store import Store  # noqa: E402
 from serving.labelling import build  # noqa: E402
 
@@ -78,7 +79,9 @@ def main() -> int:
         ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": arguments.port, "location": "HeadOnly"})
-            serve.run(build(str(place), gold_rate=0.1), name="headrace-labelling", route_prefix="/")
+            serve.run(
+                build(LabellingConfig(store=str(place), gold_rate=0.1)), name="headrace-labelling", route_prefix="/"
+            )
             print(f"Ray Serve was ready after {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
             panel, wall_s = asyncio.run(labelled(f"http://127.0.0.1:{arguments.port}", people, arguments))
         finally:

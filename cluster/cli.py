@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cluster.feedback_commands import commands as feedback_commands
 from cluster.loopback import stay_on_loopback
 from contracts import loading as configuration
 from contracts.config import ConfigError
@@ -88,6 +89,27 @@ def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
     with Progress(0) as progress:
         _, received = run_until_signal(lambda stopping: serve_policy(job, progress, stopping))
+    if received is not None:
+        raise SystemExit(128 + received)
+
+
+@app.command()
+def label(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Let people label: a page and an API where annotators compare responses. Votes go to `labelling.store`.
+
+    CONFIG needs a section `labelling` and no other; that of a run will do too. Annotators sign in with a token of
+    `headrace annotator`. `headrace preferences` makes a preference file of the votes. Ctrl-C or SIGTERM ends.
+    """
+    settings = configuration.load_labelling(config, overrides or ())
+    if settings.ray.address is None:
+        stay_on_loopback()
+    from cluster.label_command import check_labelling, label  # imports are slow, and `--help` should not be
+
+    job = check_labelling(settings)
+    from cluster.progress import Progress
+
+    with Progress(0) as progress:
+        _, received = run_until_signal(lambda stopping: label(job, progress, stopping))
     if received is not None:
         raise SystemExit(128 + received)
 
@@ -271,6 +293,8 @@ def key(
     print(f"keep this line: {kept.line}" if file is None else f"added {name!r} to {file}", file=sys.stderr)
     print(secret)
 
+
+app.add_typer(feedback_commands)
 
 UrlOption = Annotated[str, typer.Option(help="of `headrace serve`, for example http://127.0.0.1:8000")]
 KeyOption = Annotated[

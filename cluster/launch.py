@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import serve
@@ -28,7 +28,7 @@ from cluster.capacity import check_capacity, local_cpus
 from cluster.loopback import LOOPBACK
 from cluster.presence import announce, reap
 from cluster.progress import Progress
-from contracts.config import Config, ConfigError, RewardConfig
+from contracts.config import Config, ConfigError, DeadlinesConfig, LoggingConfig, RayConfig, RewardConfig
 from contracts.events import Event
 from contracts.records import ScoredRollout
 from contracts.serving import ServingConfig
@@ -39,8 +39,21 @@ from learner.rank import LearnerSettings
 from models import bundled
 
 
+class OnRay(Protocol):
+    """What starting Ray takes of a configuration."""
+
+    @property
+    def ray(self) -> RayConfig: ...
+
+    @property
+    def deadlines(self) -> DeadlinesConfig: ...
+
+    @property
+    def logging(self) -> LoggingConfig: ...
+
+
 def start_ray(
-    config: Config, working_dir: Path, *, learner_only: bool = False, served: ServingConfig | None = None
+    config: OnRay, working_dir: Path, *, learner_only: bool = False, served: ServingConfig | None = None
 ) -> dict[str, str]:
     """Connect to the configured cluster, or start a local Ray on loopback alone, and Serve unless `learner_only`.
 
@@ -62,7 +75,7 @@ def start_ray(
         runtime_env["worker_process_setup_hook"] = "cluster.loopback.keep_replicas_in"
         options |= {
             "address": "local",
-            "num_cpus": config.ray.num_cpus or local_cpus(config, served=served),
+            "num_cpus": config.ray.num_cpus or (local_cpus(config, served=served) if isinstance(config, Config) else 1),
             "object_store_memory": int(config.ray.object_store_gib * 2**30),
             "include_dashboard": config.ray.dashboard,
             "dashboard_host": LOOPBACK,
@@ -77,7 +90,7 @@ def start_ray(
     if config.ray.address is None and bound_to != LOOPBACK:
         ray.shutdown()
         raise RuntimeError(f"the local Ray bound to {bound_to}, not to loopback; call stay_on_loopback() first")
-    if learner_only:
+    if learner_only or not isinstance(config, Config):
         return {}
     check_capacity(config, served=served)
     start_serve(served)
@@ -214,7 +227,7 @@ def new_run_id() -> str:
 
 @asynccontextmanager
 async def cluster(
-    config: Config,
+    config: OnRay,
     run_id: str,
     progress: Progress,
     *,

@@ -18,6 +18,8 @@ _SETTINGS = {
     # A local ray.init otherwise switches token authentication on and leaves a token that later clusters pick up.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Serve kills an HTTP proxy that is not ready after 5 s, and whoever waits for it fails: it may share its cores.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 
 

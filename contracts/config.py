@@ -1,7 +1,7 @@
 """Every setting of a run, in one place, with its default: frozen pydantic models, unknown keys refused.
 
-The sections of one subject that have outgrown this page are beside it: algorithm.py, reward_model.py, workers.py,
-serving.py, watch.py.
+Sections that have outgrown this page are beside it: algorithm.py, reward_model.py, workers.py, serving.py, watch.py,
+labelling.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
+from contracts.labelling import LabellingConfig
 from contracts.reward_model import RewardModelConfig
 from contracts.section import Fraction, FunctionPath, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
@@ -245,6 +246,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     logging: LoggingConfig = LoggingConfig()
     serving: ServingConfig | None = None
+    labelling: LabellingConfig | None = None
     watch: WatchConfig | None = Field(default=None, description="alarms on over-optimisation; {} for the defaults")
 
     @property
@@ -324,3 +326,12 @@ class Config(Section):
                 f"{self.training.batch_size}: no batch would ever be complete"
             )
         return self
+
+
+class LabellingRun(Section):
+    """All that `headrace label` reads: a file of its own with these sections, or that of a run that has them too."""
+
+    labelling: LabellingConfig
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    ray: RayConfig = RayConfig(object_store_gib=0.2, dashboard=False)
+    logging: LoggingConfig = LoggingConfig()

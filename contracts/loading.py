@@ -1,6 +1,7 @@
 """Reading a configuration: a YAML file plus `key=value` overrides, and errors that people understand.
 
-`load` turns both into a `Config` or raises `ConfigError` with one line that names the field and what is allowed.
+`load` turns both into a `Config`, `load_labelling` into a `LabellingRun`; or they raise `ConfigError` with one line
+that names the field and what is allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import ValidationError
 
-from contracts.config import Config, ConfigError
+from contracts.config import Config, ConfigError, LabellingRun
 from contracts.section import Section
 
 Kind = TypeVar("Kind", bound=Section)
@@ -34,6 +35,25 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, kind: type[Section]
     Raises:
         ConfigError: one line that names the file or field and what is allowed.
     """
+    return _validated(_read(path, overrides), kind, source=str(path))
+
+
+def load_labelling(path: Path | str, overrides: Sequence[str] = ()) -> LabellingRun:
+    """The same for `headrace label`: of a file with its sections alone, or of the whole configuration of a run.
+
+    Raises:
+        ConfigError: also where there is no section `labelling`.
+    """
+    data = _read(path, overrides)
+    if data.get("labelling") is None and not set(data) - set(Config.model_fields):
+        raise ConfigError(f"{path}: labelling: required, but missing; docs/labelling.md has an example")
+    if set(data) <= set(LabellingRun.model_fields):
+        return _validated(data, LabellingRun, source=str(path))
+    run = validate(data, source=str(path))
+    return _validated({name: getattr(run, name) for name in LabellingRun.model_fields}, LabellingRun, source=str(path))
+
+
+def _read(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -51,7 +71,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, kind: type[Section]
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this file holds {_kind(data)}")
     for override in overrides:
         _override(data, override)
-    return _validated(data, kind, source=str(path))
+    return data
 
 
 def validate(data: Mapping[str, Any], *, source: str) -> Config:

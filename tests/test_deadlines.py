@@ -23,6 +23,9 @@ WITHOUT = {
     "cluster/nodes.py look: ray.nodes()": "in a thread for which `_look` waits in answer()",
     "cluster/progress.py __exit__: self._heart.join()": "a thread of this process that was just told to end",
     "cluster/submit.py _show_log: self._client.tail_job_logs(job)": "`ended` beside it gives up after LOST_S",
+    "cluster/label_command.py _until_stopped: asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)": "as long as "
+    "people label",
+    "cluster/label_command.py _until_stopped: stopping.wait()": "as long as people label",
     "cluster/application.py until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
     "as long as it is served",
     "cluster/application.py until_stopped: stopping.wait()": "as long as it is served",

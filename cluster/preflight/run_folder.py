@@ -30,6 +30,7 @@ MAY_CHANGE_ON_RESUME = (
     "logging",
     "evaluation",
     "watch",
+    "labelling",
 )
 # Of a deterministic run they stay: batch shapes and threads decide its bits.
 _DECISIVE_WHEN_DETERMINISTIC = ("rollout", "reward_workers", "reference_workers", "learner")

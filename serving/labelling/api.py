@@ -166,12 +166,11 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
         return {"released": True}
 
 
-def build(store_place: str, **settings: Any) -> serve.Application:
-    """The application for `serve.run(..., route_prefix="/")`; `settings` are those of LabellingConfig.
+def build(config: LabellingConfig) -> serve.Application:
+    """The application for `serve.run(..., route_prefix="/")`; paths in `config` are absolute: replicas run elsewhere.
 
     One replica: what it waits for is the database, and an SQLite file is on one machine.
     """
-    config = LabellingConfig(store=store_place, **settings)
 
     def in_the_replica() -> FastAPI:
         return labelling_app(config)
