@@ -1,7 +1,8 @@
 """Reward components as Ray Serve deployments, and the weighted sum over them.
 
 A replica consumes single (dialogue, response) pairs, batches what arrives together, and answers each by itself.
-Batching, replicas, health checks and failover are Serve's. Replicas hold no state: a call is safe to repeat.
+Batching, replicas, health checks and failover are Serve's. Replicas hold no state but the reward model that they score
+with, and each request says which that must be at least: a call is safe to repeat.
 """
 
 from __future__ import annotations
@@ -11,30 +12,46 @@ import importlib
 import inspect
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from actors.applications import run_application
 from actors.replicas import ask, health_checks
 from contracts.config import RewardConfig
+from contracts.events import first_line
 from contracts.records import Prompt
+from contracts.waiting import NoAnswer
 from contracts.workers import ReplicaConfig
 from models.reward import RewardModel
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """The folder of a reward model, and how many times the component had changed to another when it came."""
+
+    path: str
+    number: int = 0
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
-    """A prompt (its own messages, user text, extra columns) and one response to it."""
+    """A prompt (its own messages, user text, extra columns) and one response to it.
+
+    `source` is the oldest reward model that may score it: a replica that has just started loads it first.
+    """
 
     messages: list[dict[str, str]]
     prompt: str
     response: str
     columns: dict[str, Any]
+    source: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,6 @@ class BadSample(ValueError):
 class _Replica:
     """What both kinds of replica share: dynamic batching off the event loop, so that health checks are answered."""
 
-    version = ""
-
     def __init__(self, batch: ReplicaConfig) -> None:
         self._name = serve.get_replica_context().replica_id.unique_id
         self.score.set_max_batch_size(batch.max_batch_size)  # type: ignore[attr-defined]
@@ -63,37 +78,65 @@ class _Replica:
 
     @serve.batch
     async def score(self, requests: list[ScoreRequest]) -> list[Score]:
-        values = await asyncio.to_thread(self._scores, requests)
-        return [self._reply(value) for value in values]
+        return await self._scored(requests)
 
     async def score_together(self, requests: list[ScoreRequest]) -> list[Score]:
         """As one batch, with nothing else in it: the same requests give the same bits."""
-        values = await asyncio.to_thread(self._scores, requests)
-        return [self._reply(value) for value in values]
+        return await self._scored(requests)
 
-    def _scores(self, requests: list[ScoreRequest]) -> Sequence[float | str]:
+    async def _scored(self, requests: list[ScoreRequest]) -> list[Score]:
+        values, version = await asyncio.to_thread(self._scores, requests)
+        return [self._reply(value, version) for value in values]
+
+    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float | str], str]:
+        """A score or the reason why there is none for each, and the version that gave them."""
         raise NotImplementedError
 
-    def _reply(self, value: float | str) -> Score:
+    def _reply(self, value: float | str, version: str) -> Score:
         if isinstance(value, str):
-            return Score(math.nan, value, self.version, self._name)
+            return Score(math.nan, value, version, self._name)
         error = "" if math.isfinite(value) else f"the score is {value}"
-        return Score(value, error, self.version, self._name)
+        return Score(value, error, version, self._name)
 
 
 class ModelReplica(_Replica):
-    """A learned reward model."""
+    """A learned reward model, which `load` replaces by another while it goes on scoring.
 
-    def __init__(self, batch: ReplicaConfig, path: str, dtype: str, max_tokens: int) -> None:
+    Requests wait for nothing but their own batch. One that asks for a newer reward model than this replica has (it
+    took the place of one that died) waits until it is loaded; the caller's deadline ends that.
+    """
+
+    def __init__(
+        self, batch: ReplicaConfig, source: ModelSource, dtype: str, max_tokens: int, head: str | None
+    ) -> None:
         super().__init__(batch)
         torch.set_num_threads(batch.threads or os.cpu_count() or 1)
         device = "cuda" if batch.num_gpus else "cpu"
-        self._model = RewardModel.load(path, dtype=dtype, device=device, max_tokens=max_tokens)
-        self.version = self._model.version
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "max_tokens": max_tokens, "head": head}
+        self._loading = threading.Lock()
+        self._loaded = source, RewardModel.load(source.path, **self._options)
 
-    def _scores(self, requests: list[ScoreRequest]) -> Sequence[float]:
+    async def load(self, source: ModelSource) -> str:
+        """Score with this reward model from now on, unless a newer one is loaded; the version that scores then.
+
+        Raises:
+            ValueError: it cannot be loaded; the old one goes on.
+        """
+        return await asyncio.to_thread(self._load, source)
+
+    def _load(self, source: ModelSource) -> str:
+        with self._loading:
+            if source.number > self._loaded[0].number:
+                self._loaded = source, RewardModel.load(source.path, **self._options)
+            return self._loaded[1].version
+
+    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float], str]:
+        newest = max((r.source for r in requests if r.source is not None), key=lambda s: s.number, default=None)
+        if newest is not None and newest.number > self._loaded[0].number:
+            self._load(newest)
+        model = self._loaded[1]  # as it is now: another may take its place while this one scores
         dialogues = [[*request.messages, {"role": "assistant", "content": request.response}] for request in requests]
-        return self._model.score(dialogues)
+        return model.score(dialogues), model.version
 
 
 class FunctionReplica(_Replica):
@@ -102,16 +145,19 @@ class FunctionReplica(_Replica):
     def __init__(self, batch: ReplicaConfig, path: str) -> None:
         super().__init__(batch)
         self._function = load_function(path)
-        self.version = path
+        self._path = path
 
-    def _scores(self, requests: list[ScoreRequest]) -> Sequence[float | str]:
+    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float | str], str]:
+        return self._values(requests), self._path
+
+    def _values(self, requests: list[ScoreRequest]) -> Sequence[float | str]:
         try:
             return call_function(self._function, requests)
         # A reward function is the user's: whatever it raises is the reason for quarantine, one sample at a time.
         except Exception as error:  # noqa: BLE001
             if len(requests) == 1:
                 return [f"{type(error).__name__}: {error}"]
-            return [value for request in requests for value in self._scores([request])]
+            return [value for request in requests for value in self._values([request])]
 
 
 def load_function(path: str) -> Callable[..., Sequence[float]]:
@@ -139,27 +185,76 @@ def call_function(function: Callable[..., Sequence[float]], requests: Sequence[S
     return [float(score) for score in scores]
 
 
-@dataclass(frozen=True)
+class NotLoaded(ValueError):
+    """A reward model that replicas would not take; they score with the one before."""
+
+
+@dataclass
 class RewardHandle:
-    """One deployed component."""
+    """One deployed component. `source` is the reward model that it scores with, None for a function."""
 
     config: RewardConfig
     handle: DeploymentHandle
     application: str
+    source: ModelSource | None = None
+
+    @property
+    def who(self) -> str:
+        return f"reward component {self.config.name}"
 
     async def score(self, request: ScoreRequest, *, deadline_s: float) -> Score:
-        """One score. A request whose replica died is sent again: replicas hold no state."""
-        who, asked = f"reward component {self.config.name}", "score a response"
-        score: Score = await ask(lambda: self.handle.score.remote(request), who=who, asked=asked, deadline_s=deadline_s)
+        """One score. A request whose replica died is sent again: replicas hold no state but their reward model."""
+        request = replace(request, source=self.source)
+        asked = "score a response"
+        score: Score = await ask(
+            lambda: self.handle.score.remote(request), who=self.who, asked=asked, deadline_s=deadline_s
+        )
         return score
 
     async def score_together(self, requests: list[ScoreRequest], *, deadline_s: float) -> list[Score]:
         """The scores of one batch, which no other response shares. Sent again where its replica died."""
-        who, asked = f"reward component {self.config.name}", f"score {len(requests)} responses"
+        requests = [replace(request, source=self.source) for request in requests]
+        asked = f"score {len(requests)} responses"
         scores: list[Score] = await ask(
-            lambda: self.handle.score_together.remote(requests), who=who, asked=asked, deadline_s=deadline_s
+            lambda: self.handle.score_together.remote(requests), who=self.who, asked=asked, deadline_s=deadline_s
         )
         return scores
+
+    async def load(self, path: str, *, deadline_s: float) -> tuple[str, str]:
+        """Let every replica score with the reward model in `path`; the reward_version before and after.
+
+        Replicas go on with the old one until they have loaded it, so that no response waits; for that time scores of
+        both versions come, each with its own. What is scored after this returns has the new one, also by a replica
+        that starts later.
+
+        Raises:
+            NotLoaded: a replica cannot load it, or did not within the deadline: all are back at the one before.
+            ValueError: the component is a function.
+        """
+        if self.source is None:
+            raise ValueError(f"{self.who} is the function {self.config.function}: no reward model can take its place")
+        before, number = self.source, self.source.number
+        old = await self._told(before, deadline_s)
+        try:
+            new = await self._told(ModelSource(path, number + 1), deadline_s)
+        except (RayTaskError, ValueError, NoAnswer) as error:
+            self.source = ModelSource(before.path, number + 2)
+            await self._told(self.source, deadline_s)
+            raise NotLoaded(first_line(error.cause if isinstance(error, RayTaskError) else error)) from error
+        self.source = ModelSource(path, number + 1)
+        return old, new
+
+    async def _told(self, source: ModelSource, deadline_s: float) -> str:
+        versions: list[str] = await ask(
+            lambda: self.handle.broadcast("load", source).results_async(),
+            who=self.who,
+            asked=f"load {source.path}",
+            deadline_s=deadline_s,
+        )
+        if len(set(versions)) != 1:
+            found = ", ".join(sorted(set(versions))) or "none"
+            raise ValueError(f"{source.path}: replicas find different reward models there: {found}")
+        return versions[0]
 
 
 Reward = tuple[float, dict[str, float], str]  # the sum, each component's score by name, the versions that gave them
@@ -240,11 +335,13 @@ async def deploy_reward(
         "max_ongoing_requests": 4 * replicas.max_batch_size,
         **health_checks(health_s),
     }
+    source = None
     if component.function is not None:
         options["ray_actor_options"]["num_gpus"] = 0
         deployment: Any = serve.deployment(FunctionReplica, name="reward", **options)
         app = deployment.bind(replicas, component.function)
     else:
+        source = ModelSource(str(model_path))
         deployment = serve.deployment(ModelReplica, name="reward", **options)
-        app = deployment.bind(replicas, model_path, dtype, max_tokens)
-    return RewardHandle(component, await run_application(app, application, start_s=start_s), application)
+        app = deployment.bind(replicas, source, dtype, max_tokens, component.head)
+    return RewardHandle(component, await run_application(app, application, start_s=start_s), application, source)

@@ -23,6 +23,7 @@ from cluster import launch
 from cluster.preferences import trained_reward_model
 from cluster.preflight.checks import check_function, check_vllm
 from cluster.progress import Progress
+from cluster.reward_rollout import newest
 from contracts.config import Config, ConfigError, RewardConfig
 from contracts.events import Event, first_line
 from contracts.records import Prompt
@@ -216,6 +217,7 @@ async def _scorers(application: Application) -> Mapping[str, tuple[float, Scorer
         application.components,
         f"{application.serving.application}-score",
         trained_model=trained_reward_model(config.output_dir).resolve(),
+        rolled_out=newest(config.output_dir),
     )
     return {
         each.config.name: (each.config.weight, Scorer(each, config.deadlines.score_s)) for each in components.handles

@@ -17,6 +17,7 @@ from cluster.feedback_commands import commands as feedback_commands
 from cluster.loopback import stay_on_loopback
 from contracts import loading as configuration
 from contracts.config import ConfigError
+from contracts.reward_model import RewardTrainConfig
 from contracts.stopping import StopRequest
 
 T = TypeVar("T")
@@ -91,6 +92,46 @@ def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         _, received = run_until_signal(lambda stopping: serve_policy(job, progress, stopping))
     if received is not None:
         raise SystemExit(128 + received)
+
+
+@app.command("reward-train")
+def reward_train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train a reward model on files of pairs and labels: output_dir/reward_model, with its card.
+
+    Ctrl-C or SIGTERM finishes the running step, writes a checkpoint and ends; a second Ctrl-C ends at once.
+    Continue with `headrace reward-train CONFIG resume=true`: it ends bit for bit as if it had not been interrupted.
+    """
+    settings = configuration.load(config, overrides or (), kind=RewardTrainConfig)
+    from cluster.reward_train import (
+        check_reward_train,
+        train_from_files,
+    )  # imports are slow, and `--help` should not be
+
+    training = check_reward_train(settings)
+    from cluster.progress import Progress
+
+    with Progress(0) as progress:
+        report, received = run_until_signal(lambda stopping: train_from_files(training, progress, stopping))
+    if received is not None and report is None:  # else the signal came when all was done
+        print(how_to_continue(settings.output_dir, config, None, command="reward-train"), file=sys.stderr)
+        raise SystemExit(128 + received)
+
+
+@app.command("reward-rollout")
+def reward_rollout(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a run that is training")],
+    model: Annotated[Path, typer.Argument(metavar="REWARD_MODEL", help="folder that `headrace reward-train` wrote")],
+    component: Annotated[str | None, typer.Option(help="which of its rewards; default: the only reward model")] = None,
+    wait_s: Annotated[float, typer.Option(min=1, help="how long to wait for the run to take it")] = 300.0,
+) -> None:
+    """Let a running training score with another reward model from now on, without stopping it."""
+    from cluster.reward_rollout import ask
+
+    try:
+        print(ask(run, component, model, wait_s=wait_s))
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 @app.command()
@@ -376,14 +417,14 @@ def run_until_signal(
     return result, received[0] if received else None
 
 
-def how_to_continue(output_dir: Path, config: Path, outcome: Any) -> str:
+def how_to_continue(output_dir: Path, config: Path, outcome: Any, *, command: str = "train") -> str:
     """What to do after a run was stopped."""
     if outcome is None and not (output_dir / "config.yaml").exists():
         return "stopped before anything was written; start again"
     if outcome is not None and outcome.finished:
         return f"training finished after step {outcome.step}; the policy is not served any more"
     where = f"after step {outcome.step}" if outcome is not None else "at once"
-    return f"stopped {where}; continue with: headrace train {config} resume=true"
+    return f"stopped {where}; continue with: headrace {command} {config} resume=true"
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -18,6 +18,7 @@ from cluster import launch
 from cluster.evaluate import Evaluation, evaluate, intervals, record
 from cluster.preferences import trained_reward_model
 from cluster.progress import Progress
+from cluster.reward_rollout import newest
 from cluster.run_log import write_json
 from contracts.config import Config
 from contracts.records import Prompt
@@ -59,7 +60,8 @@ async def _evaluate(config: Config, saved: checkpoints.Checkpoint, progress: Pro
     if skipped:
         progress.warn(f"{skipped} prompts are longer than {config.max_prompt_tokens} tokens: skipped")
     run_id = launch.new_run_id()
-    trained = trained_reward_model(saved.path.parent.parent)
+    run_dir = saved.path.parent.parent
+    trained, rolled_out = trained_reward_model(run_dir), newest(run_dir)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(config, run_id, progress))
         pool = RolloutPool(
@@ -75,8 +77,10 @@ async def _evaluate(config: Config, saved: checkpoints.Checkpoint, progress: Pro
         progress.phase("Starting the engine, reward replicas and the reference model")
         reference, rewards, judges, _ = await asyncio.gather(
             launch.deploy_reference_model(config, base_path, run_id),
-            launch.deploy_components(config, config.rewards, run_id, trained_model=trained),
-            launch.deploy_components(config, config.evaluation.judges, run_id, trained_model=trained),
+            launch.deploy_components(config, config.rewards, run_id, trained_model=trained, rolled_out=rolled_out),
+            launch.deploy_components(
+                config, config.evaluation.judges, run_id, trained_model=trained, rolled_out=rolled_out
+            ),
             pool.start(),
         )
         job = CheckpointJob(config, prompts, pool, rewards, judges, reference, progress, saved.step)

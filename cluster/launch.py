@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -186,16 +186,30 @@ def learner_group(
 
 
 async def deploy_components(
-    config: Config, components: tuple[RewardConfig, ...], run_id: str, *, trained_model: Path | None
+    config: Config,
+    components: tuple[RewardConfig, ...],
+    run_id: str,
+    *,
+    trained_model: Path | None,
+    rolled_out: Mapping[str, Path] | None = None,
 ) -> RewardComponents:
-    """Deploy reward components or judges, all at once; `trained_model` stands for `model: preferences`."""
+    """Deploy reward components or judges, all at once; `trained_model` stands for `model: preferences`.
+
+    `rolled_out` are the folders of those that changed to another reward model since the run began.
+    """
+
+    def model_path(component: RewardConfig) -> str | None:
+        if rolled_out is not None and component.name in rolled_out:
+            return str(rolled_out[component.name])
+        return str(trained_model) if component.model == "preferences" else component.model
+
     handles = await asyncio.gather(
         *(
             deploy_reward(
                 component,
                 config.reward_workers,
                 application=f"{run_id}-{component.name}",
-                model_path=str(trained_model) if component.model == "preferences" else component.model,
+                model_path=model_path(component),
                 dtype=config.model.dtype,
                 max_tokens=config.model.max_context_tokens,
                 start_s=config.deadlines.start_s,

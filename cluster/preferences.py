@@ -234,9 +234,8 @@ def _record(preferences: Preferences, report: RewardModelReport, simulated: bool
         "n": report.held_out_prompts,
     }
     reward_model = {"held_out_accuracy": accuracy, "reward_version": report.reward_version}
-    reward_model |= {
-        name: asdict(report)[name] for name in ("train_pairs", "train_labels", "held_out_pairs", "seconds")
-    }
+    recorded = ("train_pairs", "train_labels", "held_out_pairs", "held_out_loss", "held_out_calibrated_loss", "seconds")
+    reward_model |= {name: asdict(report)[name] for name in recorded}
     return {
         "schema_version": 1,
         "simulated": simulated,

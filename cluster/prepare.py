@@ -26,6 +26,7 @@ from cluster.progress import Progress
 from cluster.recover import standing
 from cluster.reproducible import decisive_settings
 from cluster.resume import restore, resumption
+from cluster.reward_rollout import newest
 from cluster.run_log import RunLog, write_json, write_whole
 from cluster.scaling import Scaling
 from cluster.serving import ServingLink, find_keeper
@@ -133,10 +134,11 @@ async def prepare(
     if config.preferences is not None and not trained_reward_model(config.output_dir).exists():
         await prepare_reward_model(config, prompts, pool, progress=progress)
     progress.phase("Starting the reward replicas")
-    trained = trained_reward_model(config.output_dir).resolve()
+    trained, rolled_out = trained_reward_model(config.output_dir).resolve(), newest(config.output_dir)
+    judges_config = config.evaluation.judges
     rewards, judges = await asyncio.gather(
-        launch.deploy_components(config, config.rewards, run_id, trained_model=trained),
-        launch.deploy_components(config, config.evaluation.judges, run_id, trained_model=trained),
+        launch.deploy_components(config, config.rewards, run_id, trained_model=trained, rolled_out=rolled_out),
+        launch.deploy_components(config, judges_config, run_id, trained_model=trained, rolled_out=rolled_out),
     )
     progress.waiting("")
     for component in (*config.rewards, *config.evaluation.judges):

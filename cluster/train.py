@@ -20,7 +20,7 @@ from typing import Any
 from actors.admission import BadRollout
 from actors.pool import Worker
 from actors.reward import BadSample
-from cluster import nodes, recover, resume, rounds, watch
+from cluster import nodes, recover, resume, reward_rollout, rounds, watch
 from cluster.application import Application
 from cluster.evaluate import compare, evaluate
 from cluster.job import Job
@@ -70,7 +70,12 @@ async def run(
         progress.phase(f"Training with {name}: {config.steps} steps of {batch_size} responses")
         stopping.graceful = True
         async with asyncio.TaskGroup() as tasks:
-            watching = [raise_pool_failure(job), recover.watch_replicas(job), nodes.watch(job)]
+            watching = [
+                raise_pool_failure(job),
+                recover.watch_replicas(job),
+                nodes.watch(job),
+                reward_rollout.watch(job),
+            ]
             if job.scaling is not None:
                 watching.append(job.scaling.watch())
             background = [tasks.create_task(work) for work in (collect(job), *watching)]

@@ -29,6 +29,7 @@ WITHOUT = {
     "cluster/application.py until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
     "as long as it is served",
     "cluster/application.py until_stopped: stopping.wait()": "as long as it is served",
+    "cluster/reward_train.py _pass_on: stopping.wait()": "as long as it trains",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",
