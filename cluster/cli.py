@@ -205,6 +205,7 @@ def evaluate_reward(
     new: Annotated[Path | None, typer.Option(help="labels that came later, not trained on yet")] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write; default: runs/reward-eval-VERSION")] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="at most so many pairs of a file, drawn by prompt")] = None,
+    head: Annotated[str | None, typer.Option(help="which head, of a reward model with several")] = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="longer dialogues lose their beginning")] = 1024,
     leave_one_domain_out: Annotated[
         bool, typer.Option("--leave-one-domain-out", help="also train heads on a frozen base without each domain")
@@ -216,7 +217,7 @@ def evaluate_reward(
     from cluster.reward_eval import RewardEvalOptions, evaluate_reward_model
 
     options = RewardEvalOptions(
-        model, pairs, new, out, limit, max_tokens, leave_one_domain_out=leave_one_domain_out, base=base
+        model, pairs, new, out, limit, max_tokens, head, leave_one_domain_out=leave_one_domain_out, base=base
     )
     with Progress(0) as progress:
         try:

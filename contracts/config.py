@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.labelling import LabellingConfig
 from contracts.reward_model import RewardModelConfig
-from contracts.section import Fraction, FunctionPath, NonNegativeInt, Positive, PositiveInt, Section
+from contracts.section import Fraction, FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
 from contracts.watch import WatchConfig
 from contracts.workers import LearnerConfig, ReplicaConfig, RolloutConfig
@@ -56,6 +56,9 @@ class SamplingConfig(Section):
     temperature: Positive = 1.0
 
 
+EnsembleRule = Literal["mean", "minimum", "mean_minus_std"]
+
+
 class RewardConfig(Section):
     """One named component of the reward: a reward model or a Python function."""
 
@@ -68,11 +71,17 @@ class RewardConfig(Section):
         default=None, description="module:function(prompts, responses, **columns) -> floats"
     )
     head: str | None = Field(default=None, description="of a reward model with several heads: the one that scores")
+    ensemble: EnsembleRule = Field(
+        default="mean", description="of a reward model with several members: what they become; NAME/std is kept beside"
+    )
+    std_weight: NonNegative = Field(default=1.0, description="standard deviations that mean_minus_std takes off")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.model is None) == (self.function is None):
             raise ValueError("give exactly one of model and function")
+        if self.ensemble != "mean" and self.function is not None:
+            raise ValueError("ensemble is for the members of a reward model, and this component is a function")
         if self.head is not None and self.function is not None:
             raise ValueError("head names one of a reward model's, and this component is a function")
         return self

@@ -24,6 +24,7 @@ EventKind = Literal[
     "checkpoint",
     "alarm",  # a sign of over-optimisation
     "alarm_cleared",  # it is gone
+    "asked",  # people are asked about responses
     "roll_back",  # what came after a checkpoint is set aside
     "disk_full",  # what has to be written waits for room
     "lost",  # an object of the object store

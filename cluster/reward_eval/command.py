@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from cluster.run_log import write_json
 from contracts.config import ConfigError
 from contracts.records import SCHEMA_VERSION, Comparison
 from feedback.formats import read_preferences
-from learner.reward_model import dialogue, token_pairs
+from learner.reward_model.examples import dialogue, token_pairs
 from models.reward import RewardModel
+from models.reward_card import read_card
 
 MIN_PROMPTS = 2
 CHUNK_PAIRS = 64  # scored between two signs of life
@@ -41,6 +42,7 @@ class RewardEvalOptions:
     out: Path | None = None
     limit: int | None = None
     max_tokens: int = 1024
+    head: str | None = None
     leave_one_domain_out: bool = False
     base: str | None = None
     checked_pairs: int = 32
@@ -113,7 +115,7 @@ def evaluate_reward_model(options: RewardEvalOptions, progress: Progress) -> Rew
     rows, dropped = _usable(model, rows, dropped, options.pairs)
     progress.phase(f"Scoring {len(rows)} pairs")
     scores_N2 = _scores(model, rows, options.pairs, progress)
-    margins_N = (scores_N2[:, 0] - scores_N2[:, 1]) / _temperature(model)
+    margins_N = (scores_N2[:, 0] - scores_N2[:, 1]) / model.temperature
     labels_N = np.array([row.probability for row in rows])
     prompts_N = [row.prompt.strip() for row in rows]
     progress.phase("Asking again in other company, and fitting baselines")
@@ -121,7 +123,7 @@ def evaluate_reward_model(options: RewardEvalOptions, progress: Progress) -> Rew
     evaluation = RewardEvaluation(
         model=options.model,
         reward_version=model.version,
-        temperature=_temperature(model),
+        temperature=model.temperature,
         pairs_file=str(options.pairs),
         pairs=len(rows),
         prompts=len(set(prompts_N)),
@@ -143,20 +145,15 @@ def evaluate_reward_model(options: RewardEvalOptions, progress: Progress) -> Rew
 
 def _load(options: RewardEvalOptions) -> RewardModel:
     try:
-        return RewardModel.load(options.model, max_tokens=options.max_tokens)
+        return RewardModel.load(options.model, max_tokens=options.max_tokens, head=options.head)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _temperature(model: RewardModel) -> float:
-    """What differences of scores are divided by to be log odds: a Bradley-Terry model's raw scores are."""
-    return 1 / model.score_std
-
-
 def _base(options: RewardEvalOptions) -> str:
     """What the reward model was trained from: features of itself would know the domain that is left out."""
-    card = Path(options.model) / "reward_card.json"
-    base = options.base or (json.loads(card.read_text(encoding="utf-8")).get("base") if card.is_file() else None)
+    card = read_card(Path(options.model)) if Path(options.model).is_dir() else None
+    base = options.base or (card or {}).get("base")
     if not base:
         raise ConfigError(
             f"{options.model}: has no reward_card.json that names its base: give --base, for --leave-one-domain-out "
@@ -179,10 +176,9 @@ def _limited(rows: list[Comparison], limit: int | None, *, seed: int) -> list[Co
 def _usable(
     model: RewardModel, rows: list[Comparison], dropped: dict[str, int], file: Path
 ) -> tuple[list[Comparison], dict[str, int]]:
-    usable, _, cut = token_pairs(rows, model.tokenizer, max_tokens=model.max_tokens)
-    reasons = dict(dropped)
-    if cut["identical"]:
-        reasons["identical after truncation"] = cut["identical"]
+    cut = Counter[str]()
+    usable, _ = token_pairs(rows, model.tokenizer, model.max_tokens, cut)
+    reasons = dict(dropped) | {"identical after truncation": cut["identical"]}
     num_prompts = len({row.prompt.strip() for row in usable})
     if num_prompts < MIN_PROMPTS:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "none dropped"
@@ -251,7 +247,7 @@ def _invariance(
     model: RewardModel, rows: Sequence[Comparison], scores_N2: Array, options: RewardEvalOptions
 ) -> Invariance:
     asked = sorted(random.Random(options.seed).sample(range(len(rows)), min(options.checked_pairs, len(rows))))
-    return invariance(model, [_sides(rows[at]) for at in asked], scores_N2[asked], temperature=_temperature(model))
+    return invariance(model, [_sides(rows[at]) for at in asked], scores_N2[asked], temperature=model.temperature)
 
 
 def _new_labels(
@@ -269,7 +265,7 @@ def _new_labels(
     fresh, _ = _usable(model, fresh, {"on prompts of the other file": len(repeated)}, options.new)
     progress.phase(f"Scoring {len(fresh)} pairs with new labels")
     scores_N2 = _scores(model, fresh, options.new, progress)
-    margins_N = (scores_N2[:, 0] - scores_N2[:, 1]) / _temperature(model)
+    margins_N = (scores_N2[:, 0] - scores_N2[:, 1]) / model.temperature
     labels_N = np.array([row.probability for row in fresh])
     found = numbers.quality(margins_N, labels_N, [row.prompt.strip() for row in fresh])
     return {"new_labels": found, "new_file": str(options.new), "new_known_prompts": len(repeated)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from contracts.records import Comparison
-from learner.reward_model import TokenPair, initial_model, pair_scores, token_pairs
+from learner.reward_model.batches import pair_scores
+from learner.reward_model.examples import TokenPair, token_pairs
+from learner.reward_model.network import initial_model
 from models.bundled import resolve
 from models.reward import load_tokenizer
 
@@ -43,8 +46,8 @@ def frozen_features(
     """
     path = resolve(base)
     tokenizer = load_tokenizer(path, name=base)
-    usable, pairs, dropped = token_pairs(comparisons, tokenizer, max_tokens=max_tokens)
-    rows = [pairs[comparison] for comparison in usable]
+    dropped: Counter[str] = Counter()
+    usable, rows = token_pairs(comparisons, tokenizer, max_tokens, dropped)
     kept = cache / f"features-{_key(base, rows)}.npy" if cache else None
     if kept is not None and kept.exists():
         return usable, np.load(kept, allow_pickle=False), dict(dropped)

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from cluster.reward_eval.numbers import Array, log_losses
 
-L2S = (1.0, 10.0, 100.0, 1000.0)
+L2S = (1.0, 10.0, 100.0, 1_000.0, 10_000.0)
 NUM_FOLDS = 10
 VOCABULARY = 2000
 _WORD = re.compile(r"\w+|[^\w\s]")

@@ -15,7 +15,7 @@ from cluster import experience_log
 from cluster.run_log import write_json
 from cluster.watch.watching import NOTHING, Alarm, Seen
 from contracts.events import Event, first_line
-from contracts.records import SCHEMA_VERSION, Prompt, ScoredRollout
+from contracts.records import SCHEMA_VERSION, Prompt, Rollout, ScoredRollout
 from contracts.watch import WatchConfig
 from feedback.store import Store
 from feedback.store.records import Refused
@@ -80,48 +80,63 @@ async def _queue(job: Job, alarm: Alarm, samples: Sequence[ScoredRollout], confi
         )
     except (Refused, SQLAlchemyError, OSError) as error:
         job.progress.warn(f"suspicious responses were not queued: {first_line(error)}")
-        job.log.event(Event("alarm", alarm.name, first_line(error), "its suspicious responses are not queued"))
+        consequence = f"suspicious responses of {alarm.name} are not queued"
+        job.log.event(Event("refusal", "the feedback store", first_line(error), consequence))
         return
-    job.log.event(Event("alarm", alarm.name, sentence(alarm), f"{queued} suspicious responses wait for people's votes"))
+    job.log.event(
+        Event("asked", alarm.name, sentence(alarm), f"{queued} tasks with suspicious responses wait for votes")
+    )
 
 
 def queue_tasks(
     place: str, alarm: Alarm, samples: Sequence[ScoredRollout], prompts: dict[str, Prompt], *, votes: int
 ) -> int:
-    """Each suspicious response against the least suspicious one to the same prompt, or by itself; the number queued.
+    """Each suspicious response against the least suspicious one to the same prompt, or by itself; the number of tasks.
+
+    A pair is asked once, and a response that is no text (a policy may write a NUL) not at all.
 
     Raises:
         Refused: the store does not take them.
     """
-    rank = {at: place for place, at in enumerate(alarm.suspicious)}
-    queued = 0
+    asked: set[frozenset[int]] = set()
     with Store(place) as store:
         for at in alarm.suspicious:
-            rollout = samples[at].rollout
-            prompt = prompts[rollout.prompt_id]
-            prompt_id = store.add_prompt(
-                prompt.text, name=prompt.prompt_id, domain=prompt.domain, messages=list(prompt.messages)
-            )
-            others = [
-                other
-                for other, sample in enumerate(samples)
-                if sample.rollout.group_id == rollout.group_id
-                and sample.rollout.response_text.strip() != rollout.response_text.strip()
-            ]
-            sides = [at, max(others, key=lambda other: rank.get(other, len(samples)))] if others else [at]
-            ids = [
-                store.add_response(
-                    prompt_id,
-                    samples[side].rollout.response_text,
-                    source="live",
-                    weights_version=samples[side].rollout.oldest_version,
-                )
-                for side in sides
-            ]
-            kind = "pair" if len(ids) == 2 else "label"
-            store.add_task(kind, *ids, required_votes=votes, priority=TASK_PRIORITY)  # type: ignore[arg-type]
-            queued += 1
-    return queued
+            sides = [at, *_least_suspicious_other(at, alarm, samples)]
+            if frozenset(sides) in asked:
+                continue
+            try:
+                _add_task(store, [samples[side].rollout for side in sides], prompts, votes=votes)
+            except Refused as refused:
+                if refused.code != "bad_text":
+                    raise
+            else:
+                asked.add(frozenset(sides))
+    return len(asked)
+
+
+def _least_suspicious_other(at: int, alarm: Alarm, samples: Sequence[ScoredRollout]) -> list[int]:
+    """Another response to the same prompt with another text; none where there is none."""
+    rank = {suspicious: number for number, suspicious in enumerate(alarm.suspicious)}
+    mine = samples[at].rollout
+    others = [
+        other
+        for other, sample in enumerate(samples)
+        if sample.rollout.group_id == mine.group_id
+        and sample.rollout.response_text.strip() != mine.response_text.strip()
+    ]
+    return [max(others, key=lambda other: rank.get(other, len(samples)))] if others else []
+
+
+def _add_task(store: Store, rollouts: Sequence[Rollout], prompts: dict[str, Prompt], *, votes: int) -> None:
+    prompt = prompts[rollouts[0].prompt_id]
+    prompt_id = store.add_prompt(
+        prompt.text, name=prompt.prompt_id, domain=prompt.domain, messages=list(prompt.messages)
+    )
+    ids = [
+        store.add_response(prompt_id, rollout.response_text, source="live", weights_version=rollout.oldest_version)
+        for rollout in rollouts
+    ]
+    store.add_task("pair" if len(ids) == 2 else "label", *ids, required_votes=votes, priority=TASK_PRIORITY)
 
 
 async def roll_back_if_asked(job: Job) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from cluster.watch.signals import Array, Observed
 
 # A signal that is the same in every response of the reference window has no deviation to measure a drift in.
-LEAST_DEVIATION = {"length": 1.0, "repetition": 0.02, "sameness": 0.02}
+LEAST_DEVIATION = {"length": 1.0, "repetition": 0.02, "sameness": 0.02, "held_out": 0.05}
 _LEAST = 1e-3
 
 

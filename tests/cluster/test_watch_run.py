@@ -69,7 +69,10 @@ def test_an_alarm_rolls_the_run_back_and_it_can_go_on(tiny_model: Path, tmp_path
         task = store.next_task(anna)
         assert task is not None
         assert task.prompt.startswith("Question")
-        assert store.progress(anna).open_tasks == 4
+        queued = [
+            row["consequence"] for row in rows(run_dir / "events.jsonl") if "wait for votes" in row["consequence"]
+        ]
+        assert queued == [f"{store.progress(anna).open_tasks} tasks with suspicious responses wait for votes"]
 
     with Command("train", "config.yaml", "resume=true", "steps=5", "watch.on_alarm=warn", cwd=tmp_path) as command:
         assert command.status() == 0

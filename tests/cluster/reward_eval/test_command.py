@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cluster.cli import main
 from cluster.progress import Progress
 from cluster.reward_eval import RewardEvalOptions, evaluate_reward_model
 from cluster.reward_eval.invariance import invariance
@@ -146,6 +147,16 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(reward_folder: Path,
         with pytest.raises(ConfigError, match=message):
             evaluated(options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_two_and_one_line(reward_folder: Path, tmp_path: Path, capsys, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b"}\n')
+    monkeypatch.setattr("sys.argv", ["headrace", "reward-eval", str(reward_folder), "--pairs", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_score_that_is_not_finite_is_refused(reward_folder: Path, pairs: Path, tmp_path: Path):

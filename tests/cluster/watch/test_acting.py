@@ -16,7 +16,7 @@ from feedback.store.records import Judgment
 from learner import checkpoint as checkpoints
 from tests.cluster.watch.batches import response
 
-ALARM = Alarm("length", step=9, onset=8, value=90.0, usual=40.0, drift=3.0, suspicious=(2, 0))
+ALARM = Alarm("length", step=9, onset=8, value=90.0, usual=40.0, drift=3.0, suspicious=(2, 3, 0, 1))
 
 
 def test_suspicious_responses_become_tasks(tmp_path: Path):
@@ -24,15 +24,16 @@ def test_suspicious_responses_become_tasks(tmp_path: Path):
         response([1, 1], "a", {"proxy": 1.0}, reward=1.0, text="long", number=0),
         response([1], "a", {"proxy": 1.0}, reward=1.0, text="short", number=1),
         response([2, 2, 2], "b", {"proxy": 1.0}, reward=1.0, text="alone and long", number=2),
+        response([3], "c", {"proxy": 1.0}, reward=1.0, text="no\0text", number=3),
     ]
     prompts = {
         f"prompt of {name}": Prompt(
             f"prompt of {name}", [1], f"Ask {name}?", [{"role": "user", "content": f"Ask {name}?"}]
         )
-        for name in "ab"
+        for name in "abc"
     }
     place = str(tmp_path / "feedback.db")
-    assert queue_tasks(place, ALARM, samples, prompts, votes=2) == 2
+    assert queue_tasks(place, ALARM, samples, prompts, votes=2) == 2  # 0 and 1 are one pair, 3 is no text
     assert queue_tasks(place, ALARM, samples, prompts, votes=2) == 2  # the same again adds nothing
     with Store(place) as store:
         anna, _ = store.register("anna")
