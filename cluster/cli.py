@@ -16,7 +16,7 @@ import typer
 from cluster.feedback_commands import commands as feedback_commands
 from cluster.loopback import stay_on_loopback
 from contracts import loading as configuration
-from contracts.config import ConfigError
+from contracts.config import Config, ConfigError
 from contracts.reward_model import RewardTrainConfig
 from contracts.stopping import StopRequest
 
@@ -56,7 +56,23 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     Ctrl-C or SIGTERM finishes the running step, writes a checkpoint and ends; a second Ctrl-C ends at once.
     Continue with `headrace train CONFIG resume=true`. With `serving.start` the policy is served meanwhile, and on.
     """
+    _train(configuration.load(config, overrides or ()), config)
+
+
+@app.command("loop")
+def closed_loop(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train in rounds: ask about the policy, learn a reward from all votes so far, PPO on it, evaluate, and again.
+
+    CONFIG is that of `headrace train` with a section `loop: {rounds: 3}` and votes of people (preferences.people) or of
+    a simulated panel. Stops and goes on like `headrace train`.
+    """
     settings = configuration.load(config, overrides or ())
+    if settings.loop is None:
+        raise ConfigError(f"{config}: has no section `loop`; add for example `loop: {{rounds: 3}}`")
+    _train(settings, config)
+
+
+def _train(settings: Config, config: Path) -> None:
     from cluster.preflight import check  # imports are slow, and `--help` should not be
 
     preflight = check(settings)

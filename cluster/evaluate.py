@@ -15,8 +15,8 @@ import numpy as np
 from actors.pool import RolloutPool
 from actors.reference import ReferenceModel
 from actors.reward import BadSample, Reward, RewardComponents
+from cluster.asking import sample
 from cluster.intervals import Interval, mean_interval, paired_difference
-from cluster.preferences import sample
 from cluster.progress import Progress
 from cluster.together import reference_together, score_together
 from contracts.config import Config

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a simulation brings its own
     from actors.prompts import PromptStream
     from actors.reference import ReferenceModel
     from actors.reward import RewardComponents
+    from cluster.loop import Loop
     from cluster.progress import Progress
     from cluster.resume import Resumption
     from cluster.run_log import RunLog
@@ -62,6 +63,7 @@ class Job:
     scaling: Scaling | None = None  # with rollout.autoscale
     serving: ServingLink | None = None  # with `serving`
     watch: Watch | None = None  # with `watch`
+    loop: Loop | None = None  # with `loop`
     leaving: dict[str, float] = field(default_factory=dict)  # ids of nodes that drain -> when they go, on our clock
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)  # what decides the learner's last bits
     _collector: asyncio.Future[tuple[Lease, Worker]] | None = None  # set while `next_lease` waits

@@ -18,6 +18,7 @@ from cluster.application import Application
 from cluster.doctor.software import versions
 from cluster.job import Job
 from cluster.leases import LeaseBook
+from cluster.loop import Loop
 from cluster.outliving import Outliving
 from cluster.preferences import prepare_reward_model, trained_reward_model
 from cluster.preflight import Preflight
@@ -180,6 +181,8 @@ async def prepare(
     job.standing = standing(job, job.version)
     if config.rollout.autoscale is not None:
         job.scaling = Scaling(job, config.rollout.autoscale)
+    if config.loop is not None:
+        job.loop = Loop(config.loop, prompts)
     if (serving := config.serving) is not None:
         deadline_s = config.deadlines.weights_s
         job.serving = ServingLink(

@@ -81,6 +81,8 @@ async def run(
             background = [tasks.create_task(work) for work in (collect(job), *watching)]
             clock = StepClock(job)
             while job.version < config.steps and not stopping.is_set() and not job.alarmed:
+                if job.loop is not None and await job.loop.next_round(job):
+                    clock = StepClock(job)  # the round's time is no step's
                 await learn(job, clock)
                 await nodes.make_way(job)
             for task in background:
@@ -92,6 +94,8 @@ async def run(
         finished = (job.version == config.steps or job.alarmed) and not stopping.is_set()
         if finished and not rolled_back:
             after = await evaluate(job)
+            if job.loop is not None:
+                await job.loop.finish(job, after)
             comparison = compare(before, after, shown_samples=config.evaluation.shown_samples)
             write_json(config.output_dir / "evaluation.json", comparison)
             progress.result(evaluation_table(comparison))

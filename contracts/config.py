@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from contracts.algorithm import AlgorithmConfig, TrainingConfig
 from contracts.labelling import LabellingConfig
+from contracts.loop import LoopConfig
 from contracts.reward_model import RewardModelConfig
 from contracts.section import Fraction, FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 from contracts.serving import ServingConfig
@@ -117,6 +118,16 @@ class SimulatedVotes(Section):
         return self
 
 
+class PeopleVotes(Section):
+    """People who vote at the page of `headrace label` on the same store; all that they said there counts."""
+
+    store: str = Field(min_length=1, description="file or URL of the feedback store")
+    pairs: PositiveInt = Field(default=256, description="of the policy's responses, asked about each time")
+    votes_per_pair: PositiveInt = 3
+    wait_s: Positive = Field(default=86_400.0, description="then the votes that have come are what there is")
+    min_comparisons: PositiveInt = Field(default=16, description="with fewer the run ends, and nothing is lost")
+
+
 class PreferencesConfig(Section):
     """Where comparisons come from, and the reward model trained on them."""
 
@@ -125,6 +136,7 @@ class PreferencesConfig(Section):
         description="files of pairs (prompt, chosen, rejected) or labels (prompt, completion, label), Parquet or JSONL",
     )
     simulate: SimulatedVotes | None = None
+    people: PeopleVotes | None = None
     reward_model: RewardModelConfig = RewardModelConfig()
 
     @property
@@ -135,8 +147,8 @@ class PreferencesConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if bool(self.paths) == (self.simulate is not None):
-            raise ValueError("give exactly one of path and simulate")
+        if sum(map(bool, (self.paths, self.simulate, self.people))) != 1:
+            raise ValueError("give exactly one of path, simulate and people")
         return self
 
 
@@ -255,6 +267,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     logging: LoggingConfig = LoggingConfig()
     serving: ServingConfig | None = None
+    loop: LoopConfig | None = None
     labelling: LabellingConfig | None = None
     watch: WatchConfig | None = Field(default=None, description="alarms on over-optimisation; {} for the defaults")
 
@@ -289,6 +302,17 @@ class Config(Section):
                         f"rewards: {component.name} has head {component.head!r}, allowed is one of "
                         f"preferences.reward_model.heads: {', '.join(heads)}"
                     )
+        if self.loop is not None:
+            if self.preferences is None or self.preferences.paths:
+                raise ValueError(
+                    "loop: asks anew in every round, so it needs preferences.simulate or preferences.people"
+                )
+            if not any(component.model == "preferences" for component in self.rewards):
+                raise ValueError("loop: no reward has model `preferences`, so nothing would learn from the answers")
+            if self.steps < self.loop.rounds:
+                raise ValueError(f"loop: {self.loop.rounds} rounds need as many steps at least, not {self.steps}")
+            if self.deterministic:
+                raise ValueError("loop: when a new reward model comes depends on timing: leave deterministic out")
         if self.model.max_context_tokens <= self.sampling.max_response_tokens:
             raise ValueError(
                 f"sampling.max_response_tokens {self.sampling.max_response_tokens} leaves no room for a prompt in "

@@ -142,6 +142,15 @@ class ExperienceQueue:
         self._wake_learner()
         return True
 
+    def replace(self, group: ScoredGroup) -> bool:
+        """Put a group's new scores in its old place. False if it is not queued any more."""
+        old = self._groups.get(group.group_id)
+        if old is None:
+            return False
+        self._groups[group.group_id] = self._by_start[old.started_version][group.group_id] = group
+        self.num_bytes += group.num_bytes - old.num_bytes
+        return True
+
     def restore(self, groups: Iterable[ScoredGroup]) -> None:
         """Store a checkpoint's groups, over the bound too: nobody takes any out before the run goes on."""
         for group in groups:

@@ -30,6 +30,11 @@ WITHOUT = {
     "as long as it is served",
     "cluster/application.py until_stopped: stopping.wait()": "as long as it is served",
     "cluster/reward_train.py _pass_on: stopping.wait()": "as long as it trains",
+    "cluster/loop.py next_round: asyncio.wait({turn, told}, return_when=asyncio.FIRST_COMPLETED)": ""
+    "each thing that a round waits for has a deadline, people preferences.people.wait_s",
+    "cluster/loop.py next_round: job.stopping.wait()": "ends with the round",
+    "cluster/loop.py next_round: turn": "it was cancelled",
+    "cluster/loop.py next_round: told": "it was cancelled",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",

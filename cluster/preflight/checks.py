@@ -12,12 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from actors.prompts import PromptRow, read_rows, split
 from cluster.preflight import capacity, model_files
 from cluster.preflight.adapters import check_adapters
 from cluster.preflight.run_folder import check_output_dir
 from cluster.trackers.weights_and_biases import check_wandb
 from contracts.config import Config, ConfigError
+from contracts.events import first_line
+from feedback.store import Refused, Store
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,27 @@ def read_prompts(config: Config) -> tuple[list[PromptRow], list[PromptRow]]:
 
 
 def check_preferences(config: Config) -> None:
-    """Raises ConfigError if a file of judged rows is missing or empty; whoever trains on them reads its rows."""
-    if config.preferences is not None:
-        check_judged_files(config.preferences.paths)
+    """Raises ConfigError if a file of judged rows is missing or empty, or the store of people's votes does not open.
+
+    Whoever trains on the rows reads them.
+    """
+    if config.preferences is None:
+        return
+    check_judged_files(config.preferences.paths)
+    if (people := config.preferences.people) is not None:
+        check_store(people.store, "preferences.people.store")
+
+
+def check_store(place: str, field: str) -> None:
+    """Raises ConfigError unless a feedback store is at `place`, a file or URL, or can be made there."""
+    if "://" not in place and not Path(place).exists():
+        if not os.access(Path(place).parent, os.W_OK):
+            raise ConfigError(f"{field} {place}: no such file, and none can be made in {Path(place).resolve().parent}")
+        return  # it is made when there is something to ask
+    try:
+        Store(place).close()
+    except (Refused, SQLAlchemyError) as error:
+        raise ConfigError(f"{field} {place}: {first_line(error)}") from error
 
 
 def check_judged_files(paths: Sequence[Path]) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from cluster.report.curves import curves
 from cluster.report.events import happenings, totals
-from cluster.report.run_files import Evaluation, Preferences, Row, RunFolder, value
+from cluster.report.run_files import Evaluation, Preferences, Rounds, Row, RunFolder, value
 from cluster.report.sentences import decided_by, headline, number, sentence, verdict, warning
 from contracts.config import ConfigError
 
@@ -53,6 +53,9 @@ def _render(run_dir: Path) -> str:
     preferences = None
     if config.get("preferences") or (run_dir / "preferences.json").exists():
         preferences = folder.record("preferences.json", Preferences, "nothing about the votes and the reward model.")
+    rounds = None
+    if config.get("loop") or (run_dir / "rounds.json").exists():
+        rounds = folder.record("rounds.json", Rounds, "nothing about the rounds of the loop.")
     environment = folder.json("environment.json", "versions and machine are not known.")
     main, others = curves(rows, held_out=_held_out(config))
     reasons = Counter(str(row.get("reason", "no reason given")) for row in folder.rows("quarantine.jsonl"))
@@ -67,7 +70,7 @@ def _render(run_dir: Path) -> str:
     return template.render(
         name=run_dir.resolve().name, config=config, config_text=config_text, missing=folder.missing, rows=rows,
         steps=steps, facts=_facts(rows, steps), evaluation=evaluation, headline=headline(evaluation),
-        warning=warning(evaluation), preferences=preferences, curves=main, other_curves=others,
+        warning=warning(evaluation), preferences=preferences, rounds=rounds, curves=main, other_curves=others,
         environment=environment if isinstance(environment, dict) else {}, quarantine=reasons.most_common(),
         events=happenings(events), event_totals=totals(events), written=datetime.now(UTC),
         number=number, sentence=sentence, verdict=verdict, decided_by=decided_by, when=_when,

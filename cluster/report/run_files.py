@@ -86,6 +86,40 @@ class Preferences(BaseModel):
     reward_model: RewardModel | None = None
 
 
+class WinRate(BaseModel):
+    against_round: int
+    judged_by: str
+    mean: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    n: int
+
+
+class Round(BaseModel):
+    """A round of the closed loop. What it gained is known once it has ended."""
+
+    round: int
+    began_at_step: int
+    ended_at_step: int | None = None
+    pairs: int
+    votes: int
+    agreement_with_gold: FiniteFloat | None = None
+    reward_model: RewardModel
+    evaluation: dict[str, Bounds] = {}
+    roles: dict[str, str] = {}
+    win_rate: WinRate | None = None
+
+    def of(self, role: str) -> list[tuple[str, Interval]]:
+        return [(name, self.evaluation[name]) for name, is_ in self.roles.items() if is_ == role]
+
+
+class Rounds(BaseModel):
+    """rounds.json: what each round of the closed loop asked, learnt and gained."""
+
+    schema_version: Literal[1]
+    rounds: list[Round]
+
+
 T = TypeVar("T", bound=BaseModel)
 
 

@@ -50,6 +50,7 @@ class Watch:
     ended: Alarm | None = None
     _window: list[Observed] = field(default_factory=list)
     _reference: Reference | None = None
+    _reward_versions: set[str] = field(default_factory=set)
     _triggers: dict[str, Trigger] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +59,9 @@ class Watch:
     def step(self, step: int, samples: Sequence[ScoredRollout]) -> Seen:
         """Compare the batch of a step with the reference window, to which the first batches belong."""
         observed = observe(samples, weights=self.weights)
+        versions = {sample.reward_version for sample in samples}
+        if versions - self._reward_versions:  # another reward model has another scale: what is usual begins anew
+            self._reward_versions, self._window, self._reference = versions, [], None
         if self._reference is None:
             self._window.append(observed)
             if len(self._window) >= self.config.reference_steps:

@@ -139,7 +139,8 @@ def add_pairs(
     weights_version: int | None,
     now: float,
 ) -> ImportReport:
-    """Pairs as tasks that keep their ids."""
+    """Pairs as tasks that keep their ids. Dropped and counted: `identical` responses, and `bad_text`, which no database
+    takes: a policy may write a NUL."""
     kept = known = 0
     dropped: Counter[str] = Counter()
     for part in chunks(pairs, ROWS_AT_ONCE):
@@ -150,11 +151,15 @@ def add_pairs(
             if pair.response_a.strip() == pair.response_b.strip():
                 dropped["identical"] += 1
                 continue
-            prompt = prompt_row(pair.prompt, pair.prompt_id, pair.domain, None, now)
-            a, b = (
-                response_row(prompt["id"], text, source=source, weights_version=weights_version, now=now)
-                for text in (pair.response_a, pair.response_b)
-            )
+            try:
+                prompt = prompt_row(pair.prompt, pair.prompt_id, pair.domain, None, now)
+                a, b = (
+                    response_row(prompt["id"], text, source=source, weights_version=weights_version, now=now)
+                    for text in (pair.response_a, pair.response_b)
+                )
+            except Refused as refused:
+                dropped[refused.code] += 1
+                continue
             texts.append(prompt)
             sides.extend((a, b))
             options: Any = {"required_votes": required_votes, "task_id": pair.pair_id, "now": now}

@@ -1,6 +1,7 @@
 """Alarms: raised by what they watch, by nothing else, not by noise, with hysteresis, and the same after a resume."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def test_a_reward_that_rises_with_the_held_out_one_raises_no_gap():
     watch = Watch(WatchConfig(outliers=None), WEIGHTS)
     seen_in(watch, 5)
     assert [s.raised for s in seen_in(watch, 10, first=6, seed=1, reward=0.3, held_out=3.0) if s.raised] == []
+
+
+def test_another_reward_model_begins_a_new_window():
+    watch = Watch(WatchConfig(), WEIGHTS)
+    seen_in(watch, 8)
+    rng = np.random.default_rng(2)
+    for step in range(9, 20):  # its scale is another one, and the policy is as it was
+        samples = [replace(sample, reward_version="v2") for sample in batch(rng, reward=50.0)]
+        assert watch.step(step, samples).raised == ()
 
 
 def test_rows_have_all_keys_and_are_finite():
