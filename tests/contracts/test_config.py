@@ -124,7 +124,7 @@ def test_a_wrong_type_is_named(tmp_path, changes, start):
         ({"rewards": [{"name": "a", "model": "preferences"}]}, "there is no preferences section"),
         ({"rewards": [{"name": "a", "function": "a:b"}] * 2}, "the name 'a' is used twice"),
         ({"rewards": [{"name": "a", "function": "a.b"}]}, "rewards.0.function: "),
-        ({"preferences": {}}, "preferences: give exactly one of path and simulate"),
+        ({"preferences": {}}, "preferences: give exactly one of path, simulate and people"),
         (
             {"preferences": {"simulate": {"gold": "a:b", "voters": {"x": {"count": 2, "accuracy": 1}}}}},
             "votes_per_pair is 5 but the panel has only 2 voters",
