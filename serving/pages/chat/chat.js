@@ -2,7 +2,7 @@
 // Talks to the API that serves this page. What the policy writes only ever becomes text nodes.
 
 const $ = (id) => document.getElementById(id);
-const state = { columns: [], asking: null };
+const state = { columns: [], asking: null, loading: null };
 
 class Failed extends Error {}
 
@@ -123,8 +123,15 @@ async function ask() {
   if (text === "" || state.asking !== null) return;
   const asking = new AbortController();
   state.asking = asking;
-  $("message").value = "";
   showAsking(true);
+  await state.loading;
+  if ($("model-0").value === "") await loadModels();
+  if ($("model-0").value === "") { // why is shown, and what was written stays
+    state.asking = null;
+    showAsking(false);
+    return;
+  }
+  $("message").value = "";
   problem("");
   $("status").textContent = "Waiting for an answer.";
   const ends = await Promise.all(state.columns.map((column) => answerTo(column, text, asking.signal)));
@@ -228,7 +235,7 @@ function element(name, properties = {}) {
 
 function begin() {
   buildColumns();
-  loadModels();
+  state.loading = loadModels();
   $("settings").addEventListener("submit", (event) => event.preventDefault());
   $("key").addEventListener("change", loadModels);
   $("compare").addEventListener("change", startAgain);

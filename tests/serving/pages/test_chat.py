@@ -30,6 +30,7 @@ class Policy:
     refuse_feedback: bool = False
     endless: bool = False
     break_off: bool = False
+    models_s: float = 0.0
     asked: list[dict[str, Any]] = field(default_factory=list)
     thumbs: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0  # streams that their reader left
@@ -45,6 +46,7 @@ class Policy:
 
         @app.get("/v1/models")
         async def models(request: Request) -> Any:
+            await asyncio.sleep(self.models_s)
             return refusal(request) or {"object": "list", "data": [{"id": "policy"}, {"id": "policy@1"}]}
 
         @app.post("/v1/chat/completions")
@@ -110,6 +112,14 @@ def page(browser: Browser, policy: Policy) -> Iterator[Page]:
 def say(page: Page, text: str) -> None:
     page.get_by_label("Your message").fill(text)
     page.get_by_label("Your message").press("Enter")
+
+
+def test_what_is_sent_before_the_models_are_known_waits_for_them(page: Page, policy: Policy) -> None:
+    policy.models_s = 0.5
+    page.reload()
+    say(page, "hello")
+    expect(page.locator(".turn:not(.mine) .text")).to_have_text("You said: hello")
+    assert [asked["model"] for asked in policy.asked] == ["policy"]
 
 
 def test_a_conversation_with_the_version_of_each_answer(page: Page, policy: Policy) -> None:
