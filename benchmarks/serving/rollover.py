@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import os
 import signal
 import time
@@ -44,7 +45,7 @@ class Roll:
 
     version: int
     begun: float
-    done: float = float("inf")
+    done: float = math.inf
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Course:
 
     rolls: list[Roll] = field(default_factory=list)
     killed: str = ""  # the replica
-    killed_at: float = float("inf")
-    replaced_s: float = float("nan")
+    killed_at: float = math.inf
+    replaced_s: float = math.nan
     events: list[Event] = field(default_factory=list)
 
     def versions(self, sent: float, ended: float) -> range:
@@ -87,13 +88,18 @@ def measure(arguments: argparse.Namespace, folder: Path, found: dict[str, Any]) 
         finally:
             ray.shutdown()
     faults = faults_of(told, course, marks)
+    faults["versions that training could not hand over"] = len(course.events)
     _show(told, course, faults)
+    wrong = [_described(each, course, marks) for each in told if each.whole and _is_wrong(each, course, marks)]
+    for each in wrong[:10]:
+        print(f"\nwrong: {each}")
     found |= {
         "faults": faults,
         "rolls": [asdict(roll) for roll in course.rolls],
         "killed_at": course.killed_at,
         "replaced_s": course.replaced_s,
         "events": [asdict(event) for event in course.events],
+        "wrong": wrong,
         "requests": [
             {"sent": each.sent, "first": each.first, "ended": each.ended, "streamed": each.streamed}
             | {"status": each.status, "version": each.version, "error": each.error}
@@ -191,6 +197,10 @@ async def _conduct(trainer: Trainer, course: Course, arguments: argparse.Namespa
         await _until_served(keeper, version, course)
         roll.done = time.monotonic()
         await asyncio.sleep(arguments.pause)
+    expires = time.monotonic() + ROLL_S
+    while math.isnan(course.replaced_s) and time.monotonic() < expires:  # the replacement serves under load too
+        await _until_served(keeper, arguments.versions, course)
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _until_served(keeper: Any, version: int, course: Course) -> None:
@@ -199,7 +209,7 @@ async def _until_served(keeper: Any, version: int, course: Course) -> None:
         status = await answer(keeper.status.remote(), who="the keeper", asked="say who serves", deadline_s=KEEPER_S)
         rows = [row for row in status["replicas"] if row["replica"] != course.killed]
         serving = [row for row in rows if row["state"] != "starting"]
-        if course.killed and len(serving) == _REPLICAS and course.replaced_s != course.replaced_s:
+        if course.killed and len(serving) == _REPLICAS and math.isnan(course.replaced_s):
             course.replaced_s = time.monotonic() - course.killed_at
         if serving and all(row["version"] == version and row["state"] == "serving" for row in serving):
             return
@@ -261,7 +271,17 @@ def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
         "failed requests",
         *_APART,
     ]
-    return {name: counts[name] for name in names} | {"versions that training could not hand over": len(course.events)}
+    return {name: counts[name] for name in names}
+
+
+def _is_wrong(told: Told, course: Course, marks: Marks) -> bool:
+    return any(number for what, number in faults_of([told], course, marks).items() if what not in _APART)
+
+
+def _described(told: Told, course: Course, marks: Marks) -> dict[str, Any]:
+    signed = [sorted(marks.signed([token])) for token in _tokens(told)]
+    might = course.versions(told.sent, told.ended)
+    return {"label": told.version, "signed": signed, "served meanwhile": [might.start, might.stop - 1]}
 
 
 def _show(told: list[Told], course: Course, faults: dict[str, int]) -> None:
@@ -283,7 +303,7 @@ def _show(told: list[Told], course: Course, faults: dict[str, int]) -> None:
         if not some:
             continue
         whole_s = [each.seconds for each in some]
-        first_s = [each.first_token_s for each in some if each.streamed and each.first == each.first]
+        first_s = [each.first_token_s for each in some if each.streamed and not math.isnan(each.first)]
         values = (f"{percentile(of, share):.3f}" for of in (whole_s, first_s) for share in (0.5, 0.99))
         print(f"| {name} | {len(some)} | {' | '.join(values)} |")
     took = [roll.done - roll.begun for roll in course.rolls]

@@ -158,7 +158,7 @@ def role(process: psutil.Process) -> str:
     """What a process of a server is, from its title."""
     title = " ".join(process.cmdline())
     if title.startswith("ray::ServeReplica:"):
-        return title.split()[0].rsplit(":", 1)[-1]
+        return title.split()[0].rsplit(":", 1)[-1].partition(".")[0]  # without the method that runs
     for part, what in _ROLES.items():
         if part in title:
             return what
