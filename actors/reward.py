@@ -23,6 +23,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from actors.applications import run_application
+from actors.ensemble import ensemble_rewards
 from actors.replicas import ask, health_checks
 from contracts.config import RewardConfig
 from contracts.events import first_line
@@ -56,16 +57,27 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """One component's score, or the reason why there is none."""
+    """One component's score, or the reason why there is none; `std` is that of an ensemble's members."""
 
     value: float
     error: str
     version: str
     replica: str
+    std: float | None = None
 
 
 class BadSample(ValueError):
     """A trajectory that cannot be scored; the message is the reason it is quarantined with."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a replica makes of a batch: a score or the reason why there is none for each, the version that gave them,
+    and the members' standard deviations where an ensemble did."""
+
+    values: Sequence[float | str]
+    version: str
+    stds: Sequence[float] | None = None
 
 
 class _Replica:
@@ -85,18 +97,18 @@ class _Replica:
         return await self._scored(requests)
 
     async def _scored(self, requests: list[ScoreRequest]) -> list[Score]:
-        values, version = await asyncio.to_thread(self._scores, requests)
-        return [self._reply(value, version) for value in values]
+        found = await asyncio.to_thread(self._scores, requests)
+        stds: Sequence[float | None] = found.stds if found.stds is not None else [None] * len(found.values)
+        return [self._reply(value, found.version, std) for value, std in zip(found.values, stds, strict=True)]
 
-    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float | str], str]:
-        """A score or the reason why there is none for each, and the version that gave them."""
+    def _scores(self, requests: list[ScoreRequest]) -> Found:
         raise NotImplementedError
 
-    def _reply(self, value: float | str, version: str) -> Score:
+    def _reply(self, value: float | str, version: str, std: float | None) -> Score:
         if isinstance(value, str):
             return Score(math.nan, value, version, self._name)
         error = "" if math.isfinite(value) else f"the score is {value}"
-        return Score(value, error, version, self._name)
+        return Score(value, error, version, self._name, std)
 
 
 class ModelReplica(_Replica):
@@ -107,12 +119,14 @@ class ModelReplica(_Replica):
     """
 
     def __init__(
-        self, batch: ReplicaConfig, source: ModelSource, dtype: str, max_tokens: int, head: str | None
+        self, batch: ReplicaConfig, source: ModelSource, dtype: str, max_tokens: int, component: RewardConfig
     ) -> None:
         super().__init__(batch)
         torch.set_num_threads(batch.threads or os.cpu_count() or 1)
         device = "cuda" if batch.num_gpus else "cpu"
-        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "max_tokens": max_tokens, "head": head}
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "max_tokens": max_tokens}
+        self._options["head"] = component.head
+        self._rule: dict[str, Any] = {"rule": component.ensemble, "std_weight": component.std_weight}
         self._loading = threading.Lock()
         self._loaded = source, RewardModel.load(source.path, **self._options)
 
@@ -130,13 +144,15 @@ class ModelReplica(_Replica):
                 self._loaded = source, RewardModel.load(source.path, **self._options)
             return self._loaded[1].version
 
-    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float], str]:
+    def _scores(self, requests: list[ScoreRequest]) -> Found:
         newest = max((r.source for r in requests if r.source is not None), key=lambda s: s.number, default=None)
         if newest is not None and newest.number > self._loaded[0].number:
             self._load(newest)
         model = self._loaded[1]  # as it is now: another may take its place while this one scores
         dialogues = [[*request.messages, {"role": "assistant", "content": request.response}] for request in requests]
-        return model.score(dialogues), model.version
+        scores = model.scores(dialogues)
+        values = ensemble_rewards(scores.members, scores.std, **self._rule)
+        return Found(values, model.version, scores.std if model.num_members > 1 else None)
 
 
 class FunctionReplica(_Replica):
@@ -147,8 +163,8 @@ class FunctionReplica(_Replica):
         self._function = load_function(path)
         self._path = path
 
-    def _scores(self, requests: list[ScoreRequest]) -> tuple[Sequence[float | str], str]:
-        return self._values(requests), self._path
+    def _scores(self, requests: list[ScoreRequest]) -> Found:
+        return Found(self._values(requests), self._path)
 
     def _values(self, requests: list[ScoreRequest]) -> Sequence[float | str]:
         try:
@@ -257,7 +273,7 @@ class RewardHandle:
         return versions[0]
 
 
-Reward = tuple[float, dict[str, float], str]  # the sum, each component's score by name, the versions that gave them
+Reward = tuple[float, dict[str, float], str]  # the sum, components by name (NAME/std: of an ensemble), versions
 
 
 class RewardComponents:
@@ -306,6 +322,9 @@ class RewardComponents:
                 raise BadSample(f"reward component {handle.config.name}: {score.error}")
         components = {handle.config.name: score.value for handle, score in zip(self._handles, scores, strict=True)}
         total = sum(handle.config.weight * components[handle.config.name] for handle in self._handles)
+        for handle, score in zip(self._handles, scores, strict=True):
+            if score.std is not None:
+                components[f"{handle.config.name}/std"] = score.std
         return total, components, "+".join(score.version for score in scores)
 
 
@@ -343,5 +362,5 @@ async def deploy_reward(
     else:
         source = ModelSource(str(model_path))
         deployment = serve.deployment(ModelReplica, name="reward", **options)
-        app = deployment.bind(replicas, source, dtype, max_tokens, component.head)
+        app = deployment.bind(replicas, source, dtype, max_tokens, component)
     return RewardHandle(component, await run_application(app, application, start_s=start_s), application, source)

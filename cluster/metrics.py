@@ -67,8 +67,10 @@ class StepClock:
 
 
 def reward_metrics(samples: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Mean of the reward and of each component over a batch."""
+    """Mean of the reward and of each component over the samples of a batch that have it."""
     means = {"reward_mean": sum(sample.reward for sample in samples) / len(samples)}
-    for name in samples[0].reward_components:
-        means[f"reward/{name}"] = sum(sample.reward_components[name] for sample in samples) / len(samples)
+    names = dict.fromkeys(name for sample in samples for name in sample.reward_components)
+    for name in names:  # an ensemble's deviation may come or go with another reward model
+        known = [sample.reward_components[name] for sample in samples if name in sample.reward_components]
+        means[f"reward/{name}"] = sum(known) / len(known)
     return means

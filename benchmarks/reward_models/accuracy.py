@@ -26,15 +26,22 @@ def accuracy_of_heads(arguments: argparse.Namespace) -> None:
         "head on frozen features": (pairs.features_NH, linear.L2S),
         "head, and length": (np.hstack([pairs.features_NH, linear.length_differences(lengths)]), linear.L2S),
     }
-    matched_N = np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * np.maximum(lengths.max(axis=1), 1)
-    found = {name: [scored(pairs, *each, matched_N, seed) for seed in range(arguments.seeds)]
+    strata = {
+        "like": np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * np.maximum(lengths.max(axis=1), 1),
+        "longer": lengths[:, 0] > lengths[:, 1],
+        "shorter": lengths[:, 0] < lengths[:, 1],
+    }
+    found = {name: [scored(pairs, *each, list(strata.values()), seed) for seed in range(arguments.seeds)]
              for name, each in inputs.items()}  # fmt: skip
-    print(f"{matched_N.sum()} pairs are of like length (within 10 %).\n")
-    print("| | right, % | of like length, % | log loss | calibration error | adaptive | by chance |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    counts = {name: int(in_N.sum()) for name, in_N in strata.items()}
+    print(f"{counts['like']} pairs are of like length (within 10 %); the better answer has more words in ", end="")
+    print(f"{counts['longer']} pairs and fewer in {counts['shorter']}.\n")
+    print("| | right, % | of like length, % | better is longer, % | shorter, % | log loss ", end="")
+    print("| calibration error | adaptive | by chance |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, rows in found.items():
-        right, like, *others = np.array(rows).T
-        cells = [interval(100 * right, ".1f"), interval(100 * like, ".1f"), *(interval(each, ".3f") for each in others)]
+        columns = np.array(rows).T
+        cells = [interval(100 * each, ".1f") for each in columns[:4]] + [interval(each, ".3f") for each in columns[4:]]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     for name in ("length alone", "bag of words"):
         gain = 100 * (np.array(found["head on frozen features"])[:, 0] - np.array(found[name])[:, 0])
@@ -47,15 +54,15 @@ def accuracy_of_heads(arguments: argparse.Namespace) -> None:
 
 
 def scored(
-    pairs: RealPairs, differences_ND: Array, l2s: Sequence[float], matched_N: NDArray[np.bool_], seed: int
+    pairs: RealPairs, differences_ND: Array, l2s: Sequence[float], strata: Sequence[NDArray[np.bool_]], seed: int
 ) -> list[float]:
-    """Accuracy, accuracy on pairs of like length, log loss, both calibration errors, what chance gives."""
+    """Accuracy, accuracy in the strata, log loss, both calibration errors, what chance gives the first."""
     margins_N, test_N = fitted(pairs, differences_ND, l2s, seed)
     ones, prompts = np.ones(int(test_N.sum())), only(pairs.prompts_N, test_N)
     width, mass = (calibration(margins_N, ones, prompts, equal_mass=equal) for equal in (False, True))
     right_N = (margins_N > 0) + 0.5 * (margins_N == 0)
-    like = right_N[matched_N[test_N]].mean()
-    return [right_N.mean(), like, log_losses(margins_N, ones).mean(), width.error, mass.error, width.by_chance]
+    within = [right_N[in_N[test_N]].mean() for in_N in strata]
+    return [right_N.mean(), *within, log_losses(margins_N, ones).mean(), width.error, mass.error, width.by_chance]
 
 
 def fitted(pairs: RealPairs, differences_ND: Array, l2s: Sequence[float], seed: int) -> tuple[Array, NDArray[np.bool_]]:

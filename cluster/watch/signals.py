@@ -39,7 +39,8 @@ def observe(samples: Sequence[ScoredRollout], *, weights: Mapping[str, float]) -
         "repetition": np.array([repetition(each) for each in tokens]),
         "sameness": sameness(tokens, groups),
     }
-    ensembles = [name for name in samples[0].reward_components if name.endswith(STD)]
+    everywhere = set.intersection(*(set(sample.reward_components) for sample in samples))
+    ensembles = sorted(name for name in everywhere if name.endswith(STD))  # one may come while a run goes on
     if ensembles:
         plain["disagreement"] = _scores(samples, ensembles).mean(axis=1)
     scored = [name for name in samples[0].reward_components if not name.endswith(STD)]

@@ -69,7 +69,11 @@ class Watch:
             return Seen(self._row({name: float(values.mean()) for name, values in observed.plain.items()}, {}))
         reference = self._reference
         signals = reference.signals(observed)
-        drifts = {name: reference.drift(name, signals[name]) for name in self._triggers if name in signals}
+        drifts = {
+            name: reference.drift(name, signals[name])
+            for name in self._triggers
+            if name in signals and name in reference.means
+        }
         noise = reference.noise(observed.num_groups)
         raised, cleared = [], []
         for name, drift in drifts.items():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cluster.metrics import reward_metrics
 from cluster.watch.triggers import Trigger
 from cluster.watch.watching import Seen, Watch
 from contracts.watch import AlarmConfig, WatchConfig
@@ -71,7 +72,7 @@ def test_each_alarm_sees_what_it_is_for(change, name):
 
 
 def test_a_policy_that_stays_raises_nothing():
-    for seed in range(10):
+    for seed in range(6):
         watch = Watch(WatchConfig(), WEIGHTS)
         assert [alarm.name for seen in seen_in(watch, 60, seed=seed) for alarm in seen.raised] == []
 
@@ -120,3 +121,20 @@ def test_looking_back_gives_the_same_watch():
     for step, samples in enumerate(steps[:9], 1):
         again.step(step, samples)
     assert [again.step(step, samples).row for step, samples in enumerate(steps[9:], 10)] == rows[9:]
+
+
+def test_an_ensemble_that_comes_while_the_run_goes_on_is_no_alarm():
+    rng = np.random.default_rng(7)
+    watch = Watch(WatchConfig(reference_steps=2), WEIGHTS)
+    for step in range(1, 8):
+        samples = batch(rng)
+        for at, sample in enumerate(samples):
+            if step < 4 or (step == 4 and at % 2):
+                del sample.reward_components["proxy/std"]
+        seen = watch.step(step, samples)
+        assert (seen.raised, seen.row["watch/disagreement_drift"]) == ((), 0.0)
+    assert seen.row["watch/disagreement"] == pytest.approx(0.2, abs=0.05)
+    assert reward_metrics(samples)["reward/proxy/std"] == pytest.approx(0.2, abs=0.05)
+    del samples[0].reward_components["proxy/std"]
+    rest = [sample.reward_components["proxy/std"] for sample in samples[1:]]
+    assert reward_metrics(samples)["reward/proxy/std"] == pytest.approx(sum(rest) / len(rest))
