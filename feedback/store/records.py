@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,7 @@ MAX_ASPECTS = 16
 MAX_ACTIVE_S = 86_400.0
 _MAX_CHARS = {"idempotency_key": 200, "rationale": 10_000, "client_version": 100, "guideline_version": 100}
 MAX_TEXT_CHARS = 1_000_000
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class Refused(ValueError):
@@ -221,7 +223,7 @@ def check_text(name: str, value: Any, *, max_chars: int = MAX_TEXT_CHARS, blank:
         raise Refused("bad_text", f"{name} is {value!r:.60}, allowed is text")
     if len(value) > max_chars:
         raise Refused("bad_text", f"{name} has {len(value)} characters, allowed are {max_chars}")
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    if _NO_TEXT.search(value):
         raise Refused("bad_text", f"{name} holds a NUL or half a surrogate pair, which is no text")
     if not (blank or value.strip()):
         raise Refused("bad_text", f"{name} is blank")

@@ -298,6 +298,9 @@ def _prepare_sqlite(connection: Any, busy_s: float) -> None:
         raise Refused("not_a_store", f"SQLite keeps no write-ahead log there (journal_mode {mode}): use a local disk")
     connection.execute("PRAGMA synchronous = FULL")  # fsync at each commit: also a machine that dies loses none
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute(
+        "PRAGMA cache_size = -65536"
+    )  # KiB at most: keys are hashes, a large import is all over its trees
     connection.execute("PRAGMA secure_delete = ON")  # what a person wants deleted does not stay in free pages
 
 
@@ -314,7 +317,9 @@ def sqlstate(error: DBAPIError) -> str:
 
 def waited_too_long(error: DBAPIError) -> bool:
     """Whether others held what this one needed, until its patience ended."""
-    return "locked" in str(error.orig) or sqlstate(error) == "55P03"
+    if isinstance(error.orig, sqlite3.Error):
+        return "locked" in str(error.orig)
+    return sqlstate(error) == "55P03"
 
 
 def unreachable(error: DBAPIError) -> bool:

@@ -1,6 +1,8 @@
 """From the store to probabilities, from these to files; and from files into the store, whole or not at all."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from feedback.quality import dawid_skene, majority
 from feedback.simulate import Pair, Vote, simulate_votes
 from feedback.store import DatasetQuery, Judgment, Refused, Store
 from feedback.store.schema import ROWS_AT_ONCE
+
+ROOT = Path(__file__).parents[3]
 
 
 def panel(pairs: list[Pair]) -> list[Vote]:
@@ -170,6 +174,39 @@ def test_never_half_an_import(store: Store, tmp_path: Path, wrong: object):
     with pytest.raises(ConfigError, match=rf"set\.jsonl:{ROWS_AT_ONCE + 6}: "):
         store.import_preferences(lines(tmp_path / "set.jsonl", *many, wrong))
     assert everything(store) == before
+
+
+# Stops in the middle of a file, three chunks into its transaction.
+IMPORTER = """
+import sys, time
+from feedback.store import Store
+texts = 0
+def truncate(text):
+    global texts
+    texts += 1
+    if texts == 2 * 6500:
+        print("half", flush=True)
+        time.sleep(600)
+    return text
+Store(sys.argv[1]).import_preferences(sys.argv[2], truncate=truncate)
+"""
+
+
+def test_an_import_that_is_killed_leaves_nothing_and_holds_nobody_up(store: Store, place: str, tmp_path: Path):
+    rows = [{"prompt": f"p{number}", "chosen": f"x{number}", "rejected": "y"} for number in range(10_000)]
+    path = lines(tmp_path / "set.jsonl", *rows)
+    store.import_preferences(lines(tmp_path / "first.jsonl", FINE))
+    before = everything(store)
+    command = [sys.executable, "-c", IMPORTER, place, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as importer:
+        assert importer.stdout is not None
+        assert importer.stdout.readline() == "half\n"
+        importer.kill()
+    assert everything(store) == before
+    report = store.import_preferences(path)
+    assert (report.kept, report.known, report.dropped) == (10_000, 0, {})
+    more = (10_000, 20_000, 10_000, 0, 0, 1, 10_000)
+    assert everything(store) == [count + new for count, new in zip(before, more, strict=True)]
 
 
 def test_files_of_another_kind_change_nothing(store: Store, tmp_path: Path):
