@@ -1,7 +1,7 @@
 """Which pair to ask people about next, out of those that wait. Pure and seeded: the same input, the same questions.
 
-P pairs that wait, E members of an ensemble of reward models, D features. Each way of asking returns indices of pairs,
-the most useful first; ties go to the lower index unless it says otherwise.
+P pairs that wait, N pairs that are labelled, E members of an ensemble of reward models, D features. Each way of asking
+returns indices of pairs, the most useful first; ties go to the lower index unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -69,6 +69,64 @@ def ask_uncertain_and_diverse(
         chosen.append(int(np.argmin(nearest)))
         nearest = np.maximum(nearest, np.abs(directions @ directions[chosen[-1]]))
     return candidates[chosen]
+
+
+def laplace_covariance(
+    features_ND: NDArray[np.float64], probabilities_N: NDArray[np.float64], *, ridge: float
+) -> NDArray[np.float64]:
+    """How unsure a logistic model on N labelled pairs is of its D weights, at its most probable ones.
+
+    The Gaussian of Laplace's method: the inverse of the negative log posterior's Hessian (MacKay 1992, "The Evidence
+    Framework Applied to Classification Networks").
+
+    Args:
+        features_ND: differences of the two responses' features.
+        probabilities_N: the model's own, that a is better.
+        ridge: precision of the Gaussian prior on each weight.
+    """
+    weighted_ND = features_ND * (probabilities_N * (1 - probabilities_N))[:, None]
+    precision_DD = weighted_ND.T @ features_ND + ridge * np.eye(features_ND.shape[1])
+    return np.asarray(np.linalg.inv(precision_DD), dtype=np.float64)
+
+
+def ask_to_predict(
+    features_PD: NDArray[np.float64],
+    probabilities_P: NDArray[np.float64],
+    covariance_DD: NDArray[np.float64],
+    count: int,
+    *,
+    target_DD: NDArray[np.float64] | None = None,
+) -> NDArray[np.intp]:
+    """The pairs whose labels together make predictions surest, chosen one after the other; nobody is asked twice alike.
+
+    Each next pair is the one that takes most variance off the predicted log odds of the pairs that `target_DD`
+    describes, given all that are chosen before (MacKay 1992, "Information-Based Objective Functions for Active Data
+    Selection"; for logistic models Schein & Ungar 2007, "Active learning for logistic regression: an evaluation").
+    What a label will be is not needed for that, so a batch is planned before the first of its answers. A label of a
+    pair x that has probability p lowers the covariance S by S x xᵀ S / (1 / (p (1 - p)) + xᵀ S x).
+
+    Args:
+        probabilities_P: that a is better, as the model has it now.
+        covariance_DD: of `laplace_covariance`.
+        target_DD: mean of x xᵀ over the pairs that matter; default: over these.
+    """
+    _check_count(count)
+    target_DD = features_PD.T @ features_PD / len(features_PD) if target_DD is None else target_DD
+    weight_P = np.maximum(probabilities_P * (1 - probabilities_P), 1e-6)
+    spread_PD = features_PD @ covariance_DD
+    towards_PD = spread_PD @ target_DD
+    free_P = np.ones(len(features_PD), dtype=bool)
+    chosen: list[int] = []
+    for _ in range(min(count, len(features_PD))):
+        noise_P = 1 / weight_P + np.einsum("pd,pd->p", spread_PD, features_PD)
+        less_P = np.einsum("pd,pd->p", towards_PD, spread_PD) / noise_P
+        chosen.append(int(np.argmax(np.where(free_P, less_P, -1.0))))
+        free_P[chosen[-1]] = False
+        direction_D = spread_PD[chosen[-1]].copy()
+        share_P = spread_PD @ features_PD[chosen[-1]] / noise_P[chosen[-1]]
+        spread_PD -= np.outer(share_P, direction_D)
+        towards_PD -= np.outer(share_P, direction_D @ target_DD)
+    return np.array(chosen, dtype=np.intp)
 
 
 def prompts_that_vary(scores_PS: NDArray[np.float64], count: int) -> NDArray[np.intp]:

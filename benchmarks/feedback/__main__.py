@@ -2,7 +2,7 @@
 
     python -m benchmarks.feedback reliability [--seeds 20]
     python -m benchmarks.feedback crowd [--data FOLDER]
-    python -m benchmarks.feedback asking [--set harmless|crowd] [--seeds 20] [--data FOLDER]
+    python -m benchmarks.feedback asking [--set harmless|crowd] [--seeds 40] [--first-seed 0] [--data FOLDER]
     python -m benchmarks.feedback speed [--judgments 100000]
     python -m benchmarks.feedback store [--judgments 100000]
     python -m benchmarks.feedback files [--rows 1000000]
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=[*WHAT])
     parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--first-seed", type=int, default=0, help="of asking: other splits of the set")
     parser.add_argument("--set", choices=["harmless", "crowd"], default="harmless")
     parser.add_argument("--judgments", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=1_000_000)

@@ -7,9 +7,11 @@ import pytest
 
 from feedback.sampling import (
     ask_at_random,
+    ask_to_predict,
     ask_uncertain,
     ask_uncertain_and_diverse,
     disagreement,
+    laplace_covariance,
     prompts_that_vary,
     shingles,
     variety,
@@ -32,6 +34,52 @@ def test_disagreement_is_ignorance_not_noise():
     direct = math.log(2) + 0.3 * math.log(0.3) + 0.7 * math.log(0.7)
     assert found[2:] == pytest.approx([direct, math.log(2)], abs=1e-9)
     assert ask_uncertain(found, 3).tolist() == [3, 2, 0]
+
+
+def test_the_covariance_is_the_inverse_of_the_curvature():
+    rng = np.random.default_rng(1)
+    x, theta, ridge = rng.normal(size=(7, 3)), np.array([0.4, -1.0, 0.2]), 2.0
+
+    def loss(at: np.ndarray) -> float:  # with labels of any kind: they are in its slope alone
+        return float(np.logaddexp(0, -(x @ at)).sum() + ridge / 2 * at @ at)
+
+    step, units = 1e-3, np.eye(3) * 1e-3
+    curvature = [
+        [
+            (loss(theta + i + j) - loss(theta + i - j) - loss(theta - i + j) + loss(theta - i - j)) / (4 * step**2)
+            for j in units
+        ]
+        for i in units
+    ]
+    found = laplace_covariance(x, 1 / (1 + np.exp(-(x @ theta))), ridge=ridge)
+    assert np.linalg.inv(found) == pytest.approx(np.array(curvature), rel=1e-4, abs=1e-4)
+
+
+def test_what_is_asked_to_predict_takes_most_variance_off_the_predictions():
+    """Against the sum itself: for each pair the covariance with its label in, inverted anew."""
+    rng = np.random.default_rng(2)
+    x, p = rng.normal(size=(12, 4)) * [3, 1, 1, 0.2], rng.uniform(0.05, 0.95, 12)
+    matters = rng.normal(size=(30, 4)) * [0.1, 1, 2, 1]
+    target = matters.T @ matters / len(matters)
+    precision = np.diag([0.5, 1.0, 2.0, 4.0])
+    expected: list[int] = []
+    for _ in range(5):
+        left = {
+            pair: np.mean([m @ np.linalg.inv(precision + p[pair] * (1 - p[pair]) * np.outer(x[pair], x[pair])) @ m
+                           for m in matters])
+            for pair in range(12) if pair not in expected
+        }  # fmt: skip
+        expected.append(min(left, key=lambda pair: left[pair]))
+        precision += p[expected[-1]] * (1 - p[expected[-1]]) * np.outer(x[expected[-1]], x[expected[-1]])
+    covariance = np.diag(1 / np.array([0.5, 1.0, 2.0, 4.0]))
+    assert ask_to_predict(x, p, covariance, 5, target_DD=target).tolist() == expected
+    assert sorted(ask_to_predict(x, p, covariance, 99).tolist()) == list(range(12))
+    # a question whose answer is known says nothing, and the sides of a pair mean nothing
+    assert (
+        ask_to_predict(x, np.where(np.arange(12) == expected[0], 1.0, p), covariance, 1, target_DD=target)[0]
+        != (expected[0])
+    )
+    assert ask_to_predict(-x, 1 - p, covariance, 5, target_DD=target).tolist() == expected
 
 
 def test_equal_uncertainty_goes_in_order():
