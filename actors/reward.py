@@ -332,18 +332,16 @@ def _request(prompt: Prompt, response: str) -> ScoreRequest:
     return ScoreRequest([dict(message) for message in prompt.messages], prompt.text, response, prompt.columns)
 
 
-async def deploy_reward(
+def reward_application(
     component: RewardConfig,
     replicas: ReplicaConfig,
     *,
-    application: str,
     model_path: str | None,
     dtype: str,
     max_tokens: int,
-    start_s: float,
     health_s: float = 10.0,
-) -> RewardHandle:
-    """Start a component's replicas and wait until all are healthy."""
+) -> tuple[serve.Application, ModelSource | None]:
+    """A component's application, and the reward model that it begins with, which a function has not."""
     options: dict[str, Any] = {
         "num_replicas": replicas.num_replicas,
         "ray_actor_options": {
@@ -354,13 +352,18 @@ async def deploy_reward(
         "max_ongoing_requests": 4 * replicas.max_batch_size,
         **health_checks(health_s),
     }
-    source = None
     if component.function is not None:
         options["ray_actor_options"]["num_gpus"] = 0
         deployment: Any = serve.deployment(FunctionReplica, name="reward", **options)
-        app = deployment.bind(replicas, component.function)
-    else:
-        source = ModelSource(str(model_path))
-        deployment = serve.deployment(ModelReplica, name="reward", **options)
-        app = deployment.bind(replicas, source, dtype, max_tokens, component)
+        return deployment.bind(replicas, component.function), None
+    source = ModelSource(str(model_path))
+    deployment = serve.deployment(ModelReplica, name="reward", **options)
+    return deployment.bind(replicas, source, dtype, max_tokens, component), source
+
+
+async def deploy_reward(
+    component: RewardConfig, replicas: ReplicaConfig, *, application: str, start_s: float, **options: Any
+) -> RewardHandle:
+    """Start a component's replicas (`reward_application` takes the options) and wait until all are healthy."""
+    app, source = reward_application(component, replicas, **options)
     return RewardHandle(component, await run_application(app, application, start_s=start_s), application, source)

@@ -262,7 +262,7 @@ def schemas() -> dict[str, Yaml]:
     """By kind. Unknown keys are refused, which Kubernetes would drop without a word."""
     if not SCHEMAS.exists():
         pytest.skip("KubeRay's schemas are not beside this checkout (shared/data/kuberay_crds)")
-    kinds = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+    kinds = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
     texts = {
         kind: gzip.decompress((SCHEMAS / f"{name}.v1.schema.json.gz").read_bytes()) for kind, name in kinds.items()
     }
@@ -280,7 +280,7 @@ def strict(schema: Any) -> Any:
     return closed
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml", "rayservice.yaml"])
 def test_kuberay_accepts_the_manifests(schemas: dict[str, Yaml], name: str) -> None:
     manifest = read(KUBERAY / name)
     assert manifest["apiVersion"] == "ray.io/v1"
