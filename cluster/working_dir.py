@@ -104,6 +104,10 @@ def _inputs(config: Config) -> Iterator[tuple[str, Path]]:
         yield "prompts.eval_path", config.prompts.eval_path
     if config.preferences is not None:
         yield from (("preferences.path", path) for path in config.preferences.paths)
+    if config.served is not None and config.served.keys is not None:
+        yield "serving.keys", config.served.keys
+    if config.served is not None and config.served.gate is not None:
+        yield "serving.gate.prompts", config.served.gate.prompts
 
 
 def _perhaps_inputs(config: Config) -> Iterator[tuple[str, Path]]:

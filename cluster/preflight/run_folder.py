@@ -31,6 +31,7 @@ MAY_CHANGE_ON_RESUME = (
     "evaluation",
     "watch",
     "labelling",
+    "serving",
 )
 # Of a deterministic run they stay: batch shapes and threads decide its bits.
 _DECISIVE_WHEN_DETERMINISTIC = ("rollout", "reward_workers", "reference_workers", "learner")

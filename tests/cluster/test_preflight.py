@@ -268,6 +268,7 @@ def test_only_what_does_not_alter_learning_may_change_on_resume(run, tmp_path):
     (config.output_dir / "config.yaml").write_text(dump(config))
     finish_checkpoint(config, 20)
     check(run(resume=True, steps=500, rollout={"num_workers": 2}, learner={"threads": 1}, checkpoint={"keep": 9}))
+    check(run(resume=True, serving={"start": True}))
     write_model(tmp_path / "model2")
     refused = refusal(run(resume=True, model={"path": str(tmp_path / "model2")}, algorithm={"gamma": 0.5}, seed=1))
     changed = f"model.path: {tmp_path / 'model'} -> {tmp_path / 'model2'}"

@@ -98,6 +98,13 @@ def test_too_large_a_folder_is_refused_with_what_is_large(tmp_path: Path) -> Non
         ({"output_dir": "runs/mine"}, "", "output_dir: runs/mine is relative, and a job's working directory"),
         ({"prompts.path": "none.jsonl"}, "", "prompts.path: none.jsonl does not exist in "),
         ({"prompts.path": "/mnt/elsewhere.jsonl"}, "", ""),
+        (
+            {"serving.start": "true", "serving.gate.prompts": "gate.jsonl"},
+            "",
+            "serving.gate.prompts: gate.jsonl does not",
+        ),
+        ({"serving.start": "true", "serving.keys": "keys"}, "", "serving.keys: keys does not exist in "),
+        ({"serving.keys": "keys"}, "", ""),
         ({}, "held_out*", "prompts.eval_path: held_out.jsonl is not taken along: .rayignore, .gitignore or --exclude"),
         ({"model.path": "model"}, "model/", "model.path: model is not taken along"),
         ({"model.path": "org/model"}, "", ""),
