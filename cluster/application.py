@@ -35,7 +35,7 @@ from serving.keys import load_keys
 from serving.records import StartWeights
 
 STOP_MARGIN_S = 30.0
-_NOT_THERE = (NoAnswer, RayActorError, RayTaskError, RayServeException)
+NOT_THERE = (NoAnswer, RayActorError, RayTaskError, RayServeException)  # a part of the application, or Serve
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ async def remove(application: Application, *, deadline_s: float) -> None:
     for each in (name, *(f"{name}-score-{component.name}" for component in application.components)):
         try:
             await delete_application(each, deadline_s=deadline_s)
-        except _NOT_THERE as error:
+        except NOT_THERE as error:
             logging.getLogger("headrace.serving").warning(
                 "Serve application %s may be left: %s", each, first_line(error)
             )

@@ -6,10 +6,18 @@ from collections.abc import Callable
 from types import TracebackType
 
 from actors.applications import application_names, delete_applications
-from cluster.application import Application, check_application, finish_answers, remove, start_application, until_stopped
+from cluster.application import (
+    NOT_THERE,
+    Application,
+    check_application,
+    finish_answers,
+    remove,
+    start_application,
+    until_stopped,
+)
 from cluster.progress import Progress
 from contracts.config import Config, ConfigError
-from contracts.events import Event
+from contracts.events import Event, first_line
 from contracts.stopping import StopRequest
 from serving.records import StartWeights
 
@@ -100,9 +108,15 @@ class Outliving:
         if error is not None:
             return  # Ray is about to end, and takes it along
         if not self._stopping.is_set():
-            deadline_s = application.config.deadlines.stop_s
-            await delete_applications(f"{self._run_id}-", deadline_s=deadline_s)
             progress.phase(f"Training finished; still serving at {application.url}; Ctrl-C stops")
             self._stopping.consequence, self._stopping.graceful = STOPS_SERVING, True
+            await self._make_room()
             await until_stopped(application, progress, self._stopping)
         await finish_answers(application, progress)
+
+    async def _make_room(self) -> None:
+        """Remove the replicas that only training needed."""
+        try:
+            await delete_applications(f"{self._run_id}-", deadline_s=self._application.config.deadlines.stop_s)
+        except NOT_THERE as error:
+            self._progress.warn(f"replicas of the training may be left until the end: {first_line(error)}")

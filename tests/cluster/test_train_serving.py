@@ -130,7 +130,7 @@ def test_the_policy_is_served_while_it_trains_and_on(tiny_model: Path, tmp_path:
         assert [row["version"] for row in history if row["status"] == "published"][-1] == STEPS
         assert (run_dir / "evaluation.json").exists()
         assert command.processes.alive("ray::RolloutActor") == []  # of training nothing is left
-        assert command.processes.alive("ray::ServeReplica:headrace-serving-policy:live")
+        assert served_version(port) == STEPS
         command.ctrl_c()
         assert command.status() == 130, command.output
         assert command.processes.wait_gone() == []
