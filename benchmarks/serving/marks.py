@@ -3,6 +3,7 @@
 Version v is the served model with the rows of two sets of tokens exchanged, in the embedding and in the output layer.
 Greedy, it computes what version 0 computes and says `names[v][i]` wherever version 0 says `names[0][i]`, as long as no
 prompt has a token of either set. So each such token of an answer tells which weights wrote it, whatever its label says.
+Where rounding makes an answer leave that path, the model may say a rare word for itself that is some version's name.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Marks:
         often = [token for token, _ in said.most_common() if token not in reserved][: min(most, len(free) // versions)]
         if not often:
             raise ValueError(f"{len(free)} of {vocabulary} tokens are free: too few for {versions} versions")
+        free = free[-versions * len(often) :]  # the last merges of a tokenizer are its rarest words
         random.Random(0).shuffle(free)
         self.names = [often] + [free[i * len(often) : (i + 1) * len(often)] for i in range(versions)]
         self._version_of = {token: version for version, names in enumerate(self.names) for token in names}

@@ -246,7 +246,14 @@ def _tokens(told: Told) -> list[int]:
 _APART = (
     "streams that were running on the killed replica, and were told so",
     "answers without a token that names a version",
+    "rare words that are the name of a version which nobody served then",
 )
+
+
+def _might_have_written(told: Told, course: Course) -> set[int]:
+    """Also the version before those that were served, which a replica may have kept, and that which it starts with."""
+    served = course.versions(told.sent, told.ended)
+    return {0, served.start - 1, *served}
 
 
 def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
@@ -257,13 +264,15 @@ def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
             counts[_APART[0] if on_the_killed else "failed requests"] += 1
             continue
         labels = {found["weights_version"] for found in each.objects} | {each.version}
-        signed = marks.signed(_tokens(each))
+        named = marks.signed(_tokens(each))
+        signed = named & (_might_have_written(each, course) | labels)
         counts["mixed answers: more than one version wrote it, or is named in it"] += len(signed) > 1 or len(labels) > 1
         counts["wrong versions: the label is not the version that wrote it"] += bool(signed) and signed != labels
         counts["wrong versions: not one that was served when it was asked for"] += not labels <= set(
             course.versions(each.sent, each.ended)
         )
         counts[_APART[1]] += not signed
+        counts[_APART[2]] += len(named - signed)
     names = [
         "wrong versions: the label is not the version that wrote it",
         "wrong versions: not one that was served when it was asked for",

@@ -75,10 +75,14 @@ def test_faults_of_answers_are_counted_by_kind() -> None:
     def kinds(*wrong: Told) -> list[str]:
         return [what.split(":")[0] for what, number in faults_of([*right, *wrong], course, marks).items() if number]
 
-    assert kinds(told([10, 20], 1, sent=13.0, ended=14.0)) == ["wrong versions", "mixed answers"]
+    assert kinds(told([10, 20], 1, sent=20.0, ended=21.0)) == ["wrong versions", "mixed answers"]
     assert kinds(told([20], 1, sent=20.0, ended=21.0)) == ["wrong versions"]  # the label is wrong
     assert kinds(told([5], 0, sent=13.0, ended=14.0)) == ["wrong versions"]  # nobody served it any more
     assert kinds(told([20], 2, sent=13.0, ended=14.0)) == ["wrong versions"]  # nor this one yet
+    assert kinds(told([10, 5], 1, sent=13.0, ended=14.0)) == ["wrong versions", "mixed answers"]  # of the one before
+    assert kinds(told([10, 70], 1, sent=13.0, ended=14.0)) == [
+        "rare words that are the name of a version which nobody served then"
+    ]
     assert kinds(told([10], 1, sent=13.0, ended=14.0, error="cut")) == ["failed requests"]
     cut = told([10], 1, sent=20.5, ended=21.5, error="cut", streamed=True)
     assert kinds(cut) == ["streams that were running on the killed replica, and were told so"]
