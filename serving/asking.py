@@ -16,10 +16,9 @@ from contracts.clock import now
 from contracts.events import Event, first_line
 from contracts.waiting import NoAnswer, answer
 from serving.meters import Meters
-from serving.protocol import ApiError
+from serving.protocol import BUSY_S, ApiError
 from serving.records import Head, PolicyRequest
 
-BUSY_S = 1.0  # Retry-After where nobody knows better
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 _LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 FAILED = (RayError, RayServeException)

@@ -22,11 +22,11 @@ from contracts.serving import ServingConfig
 from contracts.waiting import NoAnswer, answer
 from feedback.store import Store
 from serving.answers import Answers
-from serving.asking import BUSY_S, Replicas, tell
+from serving.asking import Replicas, tell
 from serving.keys import load_keys
 from serving.limits import Admission, Rates
 from serving.meters import Meters
-from serving.protocol import ApiError
+from serving.protocol import BUSY_S, ApiError, overloaded
 from serving.records import LIVE
 
 # A component of the reward: (messages, response) -> (score, version). Raises ValueError for what it cannot score.
@@ -118,9 +118,7 @@ class Desk:
             ApiError: 503 at once, where too many wait already.
         """
         if not self.admission.enter(slot):
-            waiting = self.admission.waiting
-            message = f"{waiting} requests wait for a free place already, which is the limit: ask again later"
-            raise ApiError(503, message, code="overloaded", retry_after_s=BUSY_S)
+            raise overloaded(self.admission.waiting)
         try:
             yield
         finally:

@@ -8,9 +8,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracts.clock import now
 from serving.keys import LOCAL, Key, Keys, is_local
-from serving.limits import Rates
+from serving.limits import Admission, Rates
 from serving.meters import Meters
-from serving.protocol import ApiError
+from serving.protocol import ApiError, overloaded
 
 # What a route asks for: a scope, or "" for any key at all. What is not here is open: the pages and /health.
 _NEEDS = {
@@ -27,8 +27,18 @@ _NEEDS = {
 class Door:
     """ASGI middleware. The caller's key is `scope["key"]` behind it."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, requests: Rates, max_body_bytes: int, meters: Meters) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        requests: Rates,
+        admission: Admission,
+        max_body_bytes: int,
+        meters: Meters,
+    ) -> None:
         self._app, self._keys, self._requests, self._meters = app, keys, requests, meters
+        self._admission = admission
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +76,8 @@ class Door:
                     code="rate_limit_exceeded",
                     retry_after_s=wait_s,
                 )
+            if needs == "chat" and self._admission.full:
+                raise overloaded(self._admission.waiting)  # reading its body would be most of the work of refusing it
         return key
 
     def _caller(self, scope: Scope, headers: Headers) -> Key:

@@ -88,6 +88,7 @@ def build_app(desk: Desk) -> FastAPI:
         Door,
         keys=desk.keys,
         requests=desk.requests,
+        admission=desk.admission,
         max_body_bytes=desk.config.limits.max_body_bytes,
         meters=desk.meters,
     )

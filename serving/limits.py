@@ -95,6 +95,13 @@ class Admission:
         self._inside[slot] += 1
         return True
 
+    @property
+    def full(self) -> bool:
+        """Nobody would be let in, whichever slot they ask for."""
+        return self.waiting >= self._max_waiting and all(
+            self._inside[slot] >= places for slot, places in self._places.items()
+        )
+
     def leave(self, slot: str) -> None:
         self._inside[slot] -= 1
 

@@ -14,6 +14,7 @@ from pydantic import model_validator as check
 
 from contracts.serving import ServingLimits
 
+BUSY_S = 1.0  # Retry-After where nobody knows better
 Number = StrictInt | StrictFloat
 _TOKEN = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _NO_EFFECT = {
@@ -48,6 +49,12 @@ class ApiError(Exception):
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(max(1, -int(-self.retry_after_s // 1)))}
+
+
+def overloaded(waiting: int) -> ApiError:
+    """The answer where too many wait already."""
+    message = f"{waiting} requests wait for a free place already, which is the limit: ask again later"
+    return ApiError(503, message, code="overloaded", retry_after_s=BUSY_S)
 
 
 class Body(BaseModel):

@@ -246,6 +246,22 @@ async def test_over_the_queue_a_refusal_comes_at_once(connect: Connect) -> None:
         assert 'headrace_serving_requests_total{route="/v1/chat/completions",status="503"} 1.0' in metrics
 
 
+async def test_where_nobody_would_be_let_in_a_request_is_refused_before_it_is_read(connect: Connect) -> None:
+    path, broken = "/v1/chat/completions", b"{"
+    async with connect(replicas={"max_running": 2}, limits={"max_waiting": 1}) as client:
+        live = [asyncio.ensure_future(ask(client, "slow")) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert (await client.post(path, content=broken)).status_code == 400  # it may be for the pinned version
+        pinned = [asyncio.ensure_future(ask(client, "slow", model="policy@3")) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        refused = await client.post(path, content=broken)
+        assert error(refused, 503)["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await client.get("/v1/models")).status_code == 200
+        assert {answer.status_code for answer in await asyncio.gather(*live, *pinned)} == {200}
+        assert (await client.post(path, content=broken)).status_code == 400
+
+
 @pytest.mark.parametrize("act", ["drain-once", "fail-once"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_another_replica_is_asked(connect: Connect, tmp_path: Path, act: str, stream: bool) -> None:

@@ -50,8 +50,10 @@ def test_waiting_is_bounded_over_all_slots_and_places_may_change() -> None:
     assert [door.enter("live") for _ in range(4)] == [True] * 4
     assert (door.waiting, door.inside) == (2, 4)
     assert not door.enter("live")
+    assert not door.full
     assert door.enter("pinned-3")  # a place is free there
     assert not door.enter("pinned-3")
+    assert door.full
     door.set_places("live", 4)
     assert door.waiting == 0
     assert door.enter("pinned-3")
