@@ -23,6 +23,7 @@ _TOPICS = ("rivers", "mills", "bread", "the sea", "winter", "clocks", "bridges",
 class Told:
     """One request: seconds on this process's monotonic clock, `first` that of the first text (nan where none came)."""
 
+    prompt: str
     streamed: bool
     sent: float
     first: float = math.nan
@@ -57,11 +58,11 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession, url: str, *, keep: bool = False) -> None:
         self._session, self._url, self._keep = session, url, keep
 
-    async def ask(self, body: dict[str, Any], *, kind: str = "chat/completions") -> Told:
+    async def ask(self, body: dict[str, Any]) -> Told:
         """Never raises for what the server or the network does: `status` and `error` tell."""
-        told = Told(bool(body.get("stream")), time.monotonic())
+        told = Told(body["messages"][-1]["content"], bool(body.get("stream")), time.monotonic())
         try:
-            async with self._session.post(f"{self._url}/v1/{kind}", json=body) as answer:
+            async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as answer:
                 if answer.status != 200 or not told.streamed:
                     document = json.loads(await answer.read())
                     told.error = document.get("error", {}).get("message", "")

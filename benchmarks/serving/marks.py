@@ -2,15 +2,15 @@
 
 Version v is the served model with the rows of two sets of tokens exchanged, in the embedding and in the output layer.
 Greedy, it computes what version 0 computes and says `names[v][i]` wherever version 0 says `names[0][i]`, as long as no
-prompt has a token of either set. So each such token of an answer tells which weights wrote it, whatever its label says.
-Where rounding makes an answer leave that path, the model may say a rare word for itself that is some version's name.
+prompt has a token of either set. So each such token of an answer tells which weights wrote it, whatever its label says,
+up to where rounding makes an answer leave that path: from there on nothing is known of it.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ class Marks:
         free = free[-versions * len(often) :]  # the last merges of a tokenizer are its rarest words
         random.Random(0).shuffle(free)
         self.names = [often] + [free[i * len(often) : (i + 1) * len(often)] for i in range(versions)]
+        self._place = {token: place for place, token in enumerate(often)}
         self._version_of = {token: version for version, names in enumerate(self.names) for token in names}
 
     def weights(self, base: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
@@ -51,6 +52,16 @@ class Marks:
                 named[name] = rows
         return named
 
-    def signed(self, tokens: Iterable[int]) -> set[int]:
-        """The versions that wrote these tokens, by what they say; empty where none of them has a name."""
-        return {self._version_of[token] for token in tokens if token in self._version_of}
+    def signed(self, tokens: Sequence[int], path: Sequence[int]) -> set[int]:
+        """The versions that wrote these tokens, where version 0 writes `path`; empty where none of them has a name."""
+        found = set()
+        for token, plain in zip(tokens, path, strict=False):
+            if plain not in self._place:
+                if token != plain:
+                    break
+                continue
+            version = self._version_of.get(token)
+            if version is None or self.names[version][self._place[plain]] != token:
+                break
+            found.add(version)
+        return found

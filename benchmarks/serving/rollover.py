@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,15 @@ def measure(arguments: argparse.Namespace, folder: Path, found: dict[str, Any]) 
     with headrace(model, folder / "ours", threads=arguments.threads, replicas=replicas) as server:
         ray.init(address=server.ray_address, log_to_driver=False)
         try:
-            told, course, marks = asyncio.run(_measured(server, model, arguments))
+            told, course, marks, paths = asyncio.run(_measured(server, model, arguments))
         finally:
             ray.shutdown()
-    faults = faults_of(told, course, marks)
+    faults = faults_of(told, course, marks, paths)
     faults["versions that training could not hand over"] = len(course.events)
     _show(told, course, faults)
-    wrong = [_described(each, course, marks) for each in told if each.whole and _is_wrong(each, course, marks)]
+    wrong = [
+        _described(each, course, marks, paths) for each in told if each.whole and _is_wrong(each, course, marks, paths)
+    ]
     for each in wrong[:10]:
         print(f"\nwrong: {each}")
     found |= {
@@ -109,17 +111,19 @@ def measure(arguments: argparse.Namespace, folder: Path, found: dict[str, Any]) 
     return int(any(number for what, number in faults.items() if what not in _APART))
 
 
-async def _measured(server: Server, model: Model, arguments: argparse.Namespace) -> tuple[list[Told], Course, Marks]:
+async def _measured(
+    server: Server, model: Model, arguments: argparse.Namespace
+) -> tuple[list[Told], Course, Marks, dict[str, list[int]]]:
     prompts = [question(number) for number in range(_PROMPTS)]
     course = Course()
     async with client(server.url, timeout_s=REQUEST_S, keep=True) as asking:
-        marks = await _marks(asking, prompts, model, arguments)
+        marks, paths = await _marks(asking, prompts, model, arguments)
         trainer = Trainer(model, marks, server.run_dir / "serving", course)
         conducting = asyncio.create_task(_conduct(trainer, course, arguments))
         bodies = _bodies(prompts, conducting, arguments)
         told = await asking.all(bodies, streams=arguments.streams)
         await answer(conducting, who="the versions", asked="roll over", deadline_s=ROLL_S)
-    return told, course, marks
+    return told, course, marks, paths
 
 
 def _bodies(
@@ -132,15 +136,18 @@ def _bodies(
         yield chat(prompt, tokens=arguments.tokens, stream=number % 2 == 0, return_token_ids=True)
 
 
-async def _marks(asking: Client, prompts: list[str], model: Model, arguments: argparse.Namespace) -> Marks:
-    """From what version 0 says to these prompts."""
+async def _marks(
+    asking: Client, prompts: list[str], model: Model, arguments: argparse.Namespace
+) -> tuple[Marks, dict[str, list[int]]]:
+    """Names for the versions, from what version 0 says to each prompt."""
     bodies = [chat(prompt, tokens=arguments.tokens, stream=False, return_token_ids=True) for prompt in prompts]
     told = await asking.all(bodies, streams=arguments.streams)
     assert all(each.whole for each in told), [each.error for each in told if not each.whole]
     tokenizer: Any = await asyncio.to_thread(AutoTokenizer.from_pretrained, model.folder)
     reserved = {*tokenizer.all_special_ids, *itertools.chain(*(each.objects[0]["prompt_token_ids"] for each in told))}
-    said = Counter(itertools.chain(*map(_tokens, told)))
-    return Marks(said, reserved, vocabulary=len(tokenizer), versions=arguments.versions)
+    paths = {each.prompt: _tokens(each) for each in told}
+    said = Counter(itertools.chain(*paths.values()))
+    return Marks(said, reserved, vocabulary=len(tokenizer), versions=arguments.versions), paths
 
 
 class Trainer:
@@ -246,17 +253,11 @@ def _tokens(told: Told) -> list[int]:
 _APART = (
     "streams that were running on the killed replica, and were told so",
     "answers without a token that names a version",
-    "rare words that are the name of a version which nobody served then",
 )
 
 
-def _might_have_written(told: Told, course: Course) -> set[int]:
-    """Also the version before those that were served, which a replica may have kept, and that which it starts with."""
-    served = course.versions(told.sent, told.ended)
-    return {0, served.start - 1, *served}
-
-
-def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
+def faults_of(told: list[Told], course: Course, marks: Marks, paths: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """How many went wrong, by way of going wrong; `paths` is what version 0 answers to each prompt."""
     counts = Counter[str]()
     for each in told:
         if not each.whole:
@@ -264,15 +265,13 @@ def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
             counts[_APART[0] if on_the_killed else "failed requests"] += 1
             continue
         labels = {found["weights_version"] for found in each.objects} | {each.version}
-        named = marks.signed(_tokens(each))
-        signed = named & (_might_have_written(each, course) | labels)
+        signed = marks.signed(_tokens(each), paths[each.prompt])
         counts["mixed answers: more than one version wrote it, or is named in it"] += len(signed) > 1 or len(labels) > 1
         counts["wrong versions: the label is not the version that wrote it"] += bool(signed) and signed != labels
         counts["wrong versions: not one that was served when it was asked for"] += not labels <= set(
             course.versions(each.sent, each.ended)
         )
         counts[_APART[1]] += not signed
-        counts[_APART[2]] += len(named - signed)
     names = [
         "wrong versions: the label is not the version that wrote it",
         "wrong versions: not one that was served when it was asked for",
@@ -283,12 +282,12 @@ def faults_of(told: list[Told], course: Course, marks: Marks) -> dict[str, int]:
     return {name: counts[name] for name in names}
 
 
-def _is_wrong(told: Told, course: Course, marks: Marks) -> bool:
-    return any(number for what, number in faults_of([told], course, marks).items() if what not in _APART)
+def _is_wrong(told: Told, course: Course, marks: Marks, paths: Mapping[str, Sequence[int]]) -> bool:
+    return any(number for what, number in faults_of([told], course, marks, paths).items() if what not in _APART)
 
 
-def _described(told: Told, course: Course, marks: Marks) -> dict[str, Any]:
-    signed = [sorted(marks.signed([token])) for token in _tokens(told)]
+def _described(told: Told, course: Course, marks: Marks, paths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    signed = sorted(marks.signed(_tokens(told), paths[told.prompt]))
     might = course.versions(told.sent, told.ended)
     return {"label": told.version, "signed": signed, "served meanwhile": [might.start, might.stop - 1]}
 
