@@ -91,7 +91,8 @@ async def train_from_files(
     finally:
         asked_to_stop.set()
         watching.cancel()
-    progress.result(in_words(report, trained_reward_model(config.output_dir)))
+    for line in in_words(report, trained_reward_model(config.output_dir)):
+        progress.note(line)
     return report
 
 
@@ -119,8 +120,8 @@ async def _pass_on(stopping: StopRequest, event: threading.Event) -> None:
     event.set()
 
 
-def in_words(report: RewardModelReport, folder: Path) -> str:
-    """What a person wants to know at the end."""
+def in_words(report: RewardModelReport, folder: Path) -> list[str]:
+    """What a person wants to know at the end, in lines."""
     lines = [f"{folder}: reward_version {report.reward_version}"]
     for name, found in report.heads.items():
         lines.append(
@@ -128,7 +129,7 @@ def in_words(report: RewardModelReport, folder: Path) -> str:
             f"{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%} over {found['prompts']:.0f} prompts), "
             f"{found['calibrated_loss']:.3f} nats calibrated, {found['loss']:.3f} before"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _check_same_training(config: RewardTrainConfig, saved_file: Path) -> None:

@@ -101,7 +101,7 @@ class RewardModel:
         heads, members = (tuple(card["heads"]), int(card["members"])) if card is not None else ((DEFAULT_HEAD,), 1)
         _check_config(folder, path, num_labels=len(heads) * members)
         files = weight_files(folder, path)
-        with quiet_loading():
+        with quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
             )
@@ -241,14 +241,17 @@ def load_tokenizer(path: str, *, name: str | None = None) -> Any:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' table of missing and unexpected keys: the loading info is checked by code instead."""
-    verbosity = transformers_logging.get_verbosity()
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and table of missing and unexpected keys: the loading info is checked by code."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _local_folder(path: str) -> Path:

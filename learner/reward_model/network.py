@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from contracts.algorithm import LoraConfig
 from contracts.seeds import derive_seed
 from models.adapters import PREFIX, layer_kinds, peft_config
-from models.reward import quiet_loading
+from models.reward import quiet_transformers
 
 _ADAPTER = ("lora_A", "lora_B")
 
@@ -28,7 +28,7 @@ def initial_model(path: str, *, name: str, seed: int, labels: Sequence[str] = ("
         ValueError: weights other than the head are missing, or the architecture has no `score` head.
     """
     try:
-        with quiet_loading():
+        with quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 num_labels=len(labels),

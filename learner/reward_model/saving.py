@@ -17,6 +17,7 @@ from learner.reward_model.examples import Example, TokenLabel, TokenPair
 from learner.reward_model.heads import Heads
 from learner.reward_model.network import adapter_kinds, round_to_bfloat16, take_adapters
 from models.adapters import save_adapter
+from models.reward import quiet_transformers
 from models.reward_card import CARD, SCHEMA_VERSION, template_sha256, tokenizer_sha256
 
 NORMALISATION_EXAMPLES = 64  # of the training set: their scores give score_mean and score_std
@@ -54,7 +55,8 @@ def save(
     model.register_buffer("score_std", stds_H)
     model.register_buffer("temperature", torch.tensor(temperatures))
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
