@@ -235,6 +235,13 @@ def test_a_tokenizer_that_pads_with_eos_gets_a_pad_token_of_its_own() -> None:
     assert pad_apart_from_eos(tokenizer, name="base") == "", "it has one now"
 
 
+def test_a_token_of_the_template_is_not_free_to_pad_with() -> None:
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.chat_template = "<|endoftext|>" + str(tokenizer.chat_template)
+    with pytest.raises(ValueError, match="base b: its tokenizer pads with its end-of-sequence token and no other"):
+        pad_apart_from_eos(tokenizer, name="b")
+
+
 @pytest.mark.parametrize(
     ("pad", "problem"),
     [("<|im_end|>", "pads with its end-of-sequence token"), (None, "has no pad token")],
