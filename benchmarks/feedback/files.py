@@ -42,15 +42,14 @@ def files(arguments: argparse.Namespace) -> None:
 
 
 def preference_rows(count: int) -> Iterator[dict[str, str]]:
-    """Two of each prompt; of a hundred rows one has equal sides, one an empty side, one repeats the row before it."""
+    """Two of each prompt; of a hundred rows one has equal sides and one an empty side."""
     for number in range(count):
-        same = number - (number % 100 == 3)
-        chosen, rejected = (f"{side} answer number {same} to what was asked" for side in ("a good", "a bad"))
+        chosen, rejected = (f"{side} answer number {number} to what was asked" for side in ("a good", "a bad"))
         if number % 100 == 1:
             rejected = chosen
         elif number % 100 == 2:
             rejected = " "
-        yield {"prompt": f"question number {same // 2}, asked by somebody", "chosen": chosen, "rejected": rejected}
+        yield {"prompt": f"question number {number // 2}, asked by somebody", "chosen": chosen, "rejected": rejected}
 
 
 def unpaired_rows(count: int) -> Iterator[dict[str, object]]:
