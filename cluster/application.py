@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from actors.prompts import PromptRow, read_rows, render
 from actors.replicas import watch
 from actors.reward import RewardHandle, ScoreRequest
 from cluster import launch
+from cluster.http_door import check_port, url_of
 from cluster.preferences import trained_reward_model
 from cluster.preflight.checks import check_function, check_vllm
 from cluster.progress import Progress
@@ -50,8 +50,7 @@ class Application:
 
     @property
     def url(self) -> str:
-        host = f"[{self.serving.host}]" if ":" in self.serving.host else self.serving.host
-        return f"http://{host}:{self.serving.port}"
+        return url_of(self.serving.host, self.serving.port)
 
     @property
     def where(self) -> str:
@@ -100,7 +99,7 @@ def check_application(config: Config, *, trains_reward: bool) -> Application:
     serving = serving.model_copy(update={"keys": serving.keys.resolve() if serving.keys else None})
     if config.ray.address is None:
         check_vllm(on_gpu=serving.replicas.num_gpus > 0)
-        check_port(serving)
+        check_port(serving.host, serving.port, section="serving")
     if not load_keys(serving.keys) and not _is_loopback(serving.host):
         raise ConfigError(
             f"serving.host is {serving.host}, so others can reach it: set serving.keys or HEADRACE_API_KEYS "
@@ -164,18 +163,6 @@ def gate_prompts(application: Application, tokenizer: Any) -> tuple[list[Prompt]
             f"the gate judges with {len(short)} prompts, serving.gate.num_prompts is {gate.num_prompts}{skipped}"
         )
     return short, notes
-
-
-def check_port(serving: ServingConfig) -> None:
-    """Raises ConfigError where another program listens there already, or the machine has no such address."""
-    family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            message = f"cannot listen on {serving.host}:{serving.port}: {error.strerror}"
-            raise ConfigError(f"{message}; set serving.port or serving.host to another") from None
 
 
 async def start_application(application: Application, start: StartWeights, progress: Progress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 
@@ -10,7 +9,6 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from contracts.config import ConfigError
-from contracts.waiting import answer
 
 
 def check_port(host: str, port: int, *, section: str) -> None:
@@ -28,18 +26,16 @@ def check_port(host: str, port: int, *, section: str) -> None:
             raise ConfigError(f"{message}; set {section}.port or {section}.host to another") from None
 
 
-async def start_http(host: str, port: int, *, deadline_s: float) -> None:
-    """Ray Serve with a door to HTTP.
+def start_http(host: str, port: int) -> None:
+    """Ray Serve with a proxy for HTTP, on the head.
 
     Raises:
         ConfigError: Serve runs on this cluster without one, and cannot get one any more.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     options = HTTPOptions(host=host, port=port, location=ProxyLocation.HeadOnly)
-    start = asyncio.to_thread(serve.start, http_options=options, logging_config={"log_level": "ERROR"})
-    await answer(start, who="Ray Serve", asked="start", deadline_s=deadline_s)
-    status = await answer(asyncio.to_thread(serve.status), who="Ray Serve", asked="start", deadline_s=deadline_s)
-    if not status.proxies:
+    serve.start(http_options=options, logging_config={"log_level": "ERROR"})
+    if not serve.status().proxies:
         raise ConfigError(
             "Ray Serve runs on this cluster already, without HTTP: stop it with `serve shutdown` when nothing needs "
             "it, or serve on another cluster"

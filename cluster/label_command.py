@@ -27,7 +27,7 @@ from contracts.config import ConfigError, LabellingRun
 from contracts.events import Event, first_line
 from contracts.labelling import LabellingConfig
 from contracts.stopping import StopRequest
-from contracts.waiting import NoAnswer
+from contracts.waiting import NoAnswer, answer
 from feedback.formats import stream_preferences
 from feedback.sampling import variety, without_near_duplicates
 from feedback.store import Candidate, ImportReport, Refused, Store, Written
@@ -162,7 +162,8 @@ async def label(job: LabelJob, progress: Progress, stopping: StopRequest) -> Non
     served = labelling.model_copy(update={"store": job.store, "pairs": (), **paths})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(run, job.application, progress, learner_only=True))
-        await start_http(labelling.host, labelling.port, deadline_s=run.deadlines.start_s)
+        start = asyncio.to_thread(start_http, labelling.host, labelling.port)
+        await answer(start, who="Ray Serve", asked="start", deadline_s=run.deadlines.start_s)
         stack.push_async_callback(_remove, job)
         progress.phase("Starting the labelling page")
         await run_application(build(served), job.application, start_s=run.deadlines.start_s, route_prefix="/")

@@ -18,17 +18,17 @@ from typing import Any, Protocol
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.config import HTTPOptions, ProxyLocation
 
 from actors.applications import delete_applications
 from actors.placement import missing
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.capacity import check_capacity, local_cpus
+from cluster.http_door import start_http
 from cluster.loopback import LOOPBACK
 from cluster.presence import announce, reap
 from cluster.progress import Progress
-from contracts.config import Config, ConfigError, DeadlinesConfig, LoggingConfig, RayConfig, RewardConfig
+from contracts.config import Config, DeadlinesConfig, LoggingConfig, RayConfig, RewardConfig
 from contracts.events import Event
 from contracts.records import ScoredRollout
 from contracts.serving import ServingConfig
@@ -110,13 +110,7 @@ def start_serve(served: ServingConfig | None = None) -> None:
     if served is None:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         return
-    options = HTTPOptions(host=served.host, port=served.port, location=ProxyLocation.HeadOnly)
-    serve.start(http_options=options, logging_config={"log_level": "ERROR"})
-    if not serve.status().proxies:
-        raise ConfigError(
-            "Ray Serve runs on this cluster already, without HTTP: stop it with `serve shutdown` when nothing needs "
-            "it, or serve on another cluster"
-        )
+    start_http(served.host, served.port)
 
 
 def _started(options: dict[str, Any]) -> Any:
