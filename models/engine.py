@@ -24,7 +24,7 @@ from models.engine_adapters import Adapter, AdapterSettings, EngineAdapters, vll
 from models.engine_core import computed_s
 from models.engine_files import new_path, remove_leftovers
 from models.engine_shadow import Shadow
-from models.engine_start import child_environment, start_vllm
+from models.engine_start import child_environment, sockets_folder, start_vllm
 from models.engine_together import SamplingRequest, add_while_paused, last_output
 from models.engine_update import RECOVERY_S, UpdateTimes, WeightsError, answer, exchange, resume_whole
 from models.engine_weights import ExpectedWeights, expected_weights
@@ -154,26 +154,29 @@ class Engine:
             arguments |= vllm_arguments(adapters, model)
         environment = child_environment(model, num_gpus=num_gpus, threads=threads, start_timeout_s=start_timeout_s)
         remove_leftovers()
-        # vLLM itself gives up after start_timeout_s; a thread keeps the loop free until then.
-        started = await asyncio.to_thread(start_vllm, arguments, environment, num_gpus > 0)
-        llm = started.pop()
-        held = EngineAdapters(adapters, model, llm=llm, new_folder=_adapter_folder) if adapters else None
-        expected = ExpectedWeights(held.shapes, frozenset(), torch.bfloat16) if held else expected_weights(model, dtype)
-        engine = cls(llm, expected, weights_version=weights_version, adapters=held)
-        expires = time.monotonic() + start_timeout_s
-        try:
-            if held is None:
-                await engine._share_shadow(model, expires)
-            else:
-                initial = await held.write(weights_version, expected.checked(held.initial_tensors()))
-                await engine._serve_adapter(held, initial, expires)
-            rpc = llm.collective_rpc("headrace_set_initial_version", args=(weights_version,))
-            await engine._answer(rpc, "set_initial_version", expires)
-            label = llm.update_weight_version(str(weights_version))
-            await engine._answer(label, "update_weight_version", expires)
-        except BaseException:
-            engine.shutdown()
-            raise
+        with sockets_folder() as sockets:
+            # vLLM itself gives up after start_timeout_s; a thread keeps the loop free until then.
+            started = await asyncio.to_thread(start_vllm, arguments, environment, sockets, num_gpus > 0)
+            llm = started.pop()
+            held = EngineAdapters(adapters, model, llm=llm, new_folder=_adapter_folder) if adapters else None
+            expected = (
+                ExpectedWeights(held.shapes, frozenset(), torch.bfloat16) if held else expected_weights(model, dtype)
+            )
+            engine = cls(llm, expected, weights_version=weights_version, adapters=held)
+            expires = time.monotonic() + start_timeout_s
+            try:
+                if held is None:
+                    await engine._share_shadow(model, expires)
+                else:
+                    initial = await held.write(weights_version, expected.checked(held.initial_tensors()))
+                    await engine._serve_adapter(held, initial, expires)
+                rpc = llm.collective_rpc("headrace_set_initial_version", args=(weights_version,))
+                await engine._answer(rpc, "set_initial_version", expires)
+                label = llm.update_weight_version(str(weights_version))
+                await engine._answer(label, "update_weight_version", expires)
+            except BaseException:
+                engine.shutdown()
+                raise
         return engine
 
     async def _share_shadow(self, model: str, expires: float) -> None:

@@ -23,10 +23,11 @@ WORKER = "models.vllm_weights.HeadraceWorker"
 _environment_lock = threading.Lock()
 
 
-def start_vllm(arguments: dict[str, Any], environment: dict[str, str], on_gpu: bool) -> list[AsyncLLM]:
-    """The engine in a list of one: errors that vLLM keeps hold this thread's result for ever, and
-    an engine that is still held at interpreter exit fails in its finalizer."""
-    with _environment_lock, _sockets() as sockets, _environment(environment | {"VLLM_RPC_BASE_PATH": str(sockets)}):
+def start_vllm(arguments: dict[str, Any], environment: dict[str, str], sockets: Path, on_gpu: bool) -> list[AsyncLLM]:
+    """The engine, its sockets in the folder `sockets`, in a list of one: errors that vLLM keeps hold
+    this thread's result for ever, and an engine that is still held at interpreter exit fails in its
+    finalizer."""
+    with _environment_lock, _environment(environment | {"VLLM_RPC_BASE_PATH": str(sockets)}):
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -53,10 +54,12 @@ def start_vllm(arguments: dict[str, Any], environment: dict[str, str], on_gpu: b
 
 
 @contextmanager
-def _sockets() -> Iterator[Path]:
+def sockets_folder() -> Iterator[Path]:
     """A folder for the sockets between vLLM's processes, without which the connections live on: so a kill leaves none.
 
-    vLLM itself would leave them in the temporary folder, under names that tell nobody whose they are.
+    vLLM itself would leave them in the temporary folder, under names that tell nobody whose they are. The core says
+    that it is ready before it has connected the socket that it answers through, and then a folder that is gone leaves
+    it mute: so this ends after its first answer.
     """
     folder = new_path("sockets")
     folder.mkdir(mode=0o700)
