@@ -7,6 +7,7 @@ every rank has made it, and raises after `timeout_s` where one does not.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,7 +46,7 @@ class Ranks:
 
 
 def join(rank: int, size: int, *, address: str, port: int, device: torch.device, timeout_s: float) -> Ranks:
-    """Form the group; rank 0 listens at `address`.
+    """Form the group; rank 0 listens at `address`, and nowhere else.
 
     Raises:
         RuntimeError: not every rank came within `timeout_s`.
@@ -54,14 +55,26 @@ def join(rank: int, size: int, *, address: str, port: int, device: torch.device,
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    timeout = timedelta(seconds=timeout_s)
+    store = meeting_place(rank, size, address=address, port=port, timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Ranks(rank, size, device, init_device_mesh(device.type, (size,)))
+
+
+def meeting_place(rank: int, size: int, *, address: str, port: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other. Left to itself, rank 0 would take anybody's words, at every address it has.
+
+    Raises:
+        RuntimeError: not every rank came within `timeout`.
+    """
+    if rank > 0:
+        return dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, port), family=family, backlog=2048)
+    return dist.TCPStore(
+        address, port, size, is_master=True, timeout=timeout, multi_tenant=True, master_listen_fd=listening.detach()
+    )
 
 
 def alone(device: torch.device) -> Ranks:

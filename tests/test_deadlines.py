@@ -35,6 +35,7 @@ WITHOUT = {
     "cluster/loop.py next_round: job.stopping.wait()": "ends with the round",
     "cluster/loop.py next_round: turn": "it was cancelled",
     "cluster/loop.py next_round: told": "it was cancelled",
+    "cluster/serve_file.py __call__: scorer(messages, response, columns)": "Scorer has deadlines.score_s",
     "cluster/simulated.py _follow: self.on_change('updated')": "a simulation has no other process",
     "cluster/simulated.py _start_later: self.on_change('started')": "a simulation has no other process",
     "cluster/train.py raise_pool_failure: job.pool.failure": "watches for as long as the run trains",

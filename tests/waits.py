@@ -27,7 +27,7 @@ RETURNS_AT_ONCE = {
 }
 OTHERS = {"ray", "serve", "llm", "_llm", "handle", "_handle", "remote"}  # whoever is asked by way of these
 NETWORK = {"subprocess", "socket", "requests", "httpx", "urllib", "urlopen"}
-NO_REQUEST = {"subprocess.TimeoutExpired", "socket.socket"}
+NO_REQUEST = {"subprocess.TimeoutExpired", "socket.socket", "socket.create_server"}
 BLOCKING = {"communicate", "recv", "accept", "shutdown"}  # of anything
 JOINS = {"init_process_group", "new_group", "TCPStore"}  # whose time-out is that of each later collective
 
