@@ -96,6 +96,11 @@ class Job:
 
         Decides for those that wait and wakes only who can go on: most responses wake nobody.
         """
+        await self.offer_places()
+        self.queue.notify()
+
+    async def offer_places(self) -> None:
+        """Let groups that wait for a place start where there is one now; the learner sleeps on."""
         while self._homeless:
             lease, num_requests, found = self._homeless[0]
             if not found.done():
@@ -110,7 +115,6 @@ class Job:
                 self._collector.set_result(issued)
         if self._next_round is not None and not self._next_round.done() and self.lacking:
             self._next_round.set_result(None)
-        self.queue.notify()
 
     async def next_lease(self) -> tuple[Lease, Worker]:
         """Wait until a worker has room and the staleness bound lets another group start there. One task may wait.

@@ -56,10 +56,12 @@ class Loop:
             turn.cancel()
             told.cancel()
             await asyncio.gather(turn, told, return_exceptions=True)
+        await job.notify()
         return True
 
     async def _turn(self, job: Job, rounds: list[dict[str, Any]], due: int) -> None:
         await self._end(job, rounds, await evaluate(job))
+        await job.notify()  # the evaluation had the workers' places: groups may start there again
         await self._begin(job, rounds, due)
         name, batch_size = job.config.algorithm.name.upper(), job.config.training.batch_size
         job.progress.phase(f"Round {due} of {self.config.rounds}: training with {name}, {batch_size} responses a step")
@@ -76,6 +78,7 @@ class Loop:
         config, folder = job.config, round_folder(job.config.output_dir, number)
         question = Question(number, job.version, folder / "preferences.parquet")
         preferences = await ask(config, self.prompts, job.pool, question, progress=job.progress)
+        await job.notify()
         # A resumed run starts with what was rolled out last: nothing is removed that an attempt before may have left.
         attempt = 1 + sum(1 for _ in folder.glob("reward_model-*"))
         reward_model = folder / f"reward_model-{attempt}"

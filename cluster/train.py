@@ -207,6 +207,7 @@ async def next_batch(job: Job) -> list[ScoredGroup] | None:
         wanted = job.bound.groups_per_batch
         job.progress.waiting(f"rollouts and scores: {min(len(job.queue), wanted)} of {wanted} groups")
         await job.queue.wait_changed(_LOOK_AGAIN_S)
+        await job.offer_places()  # one may have become free of which nobody tells: an evaluation's, say
     return None
 
 

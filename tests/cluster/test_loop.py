@@ -68,7 +68,10 @@ def test_what_cannot_loop_is_refused(tmp_path: Path, change: dict[str, Any], mes
 
 @pytest.mark.slow
 def test_each_round_asks_learns_and_trains(tiny_model: Path, tmp_path: Path) -> None:
-    write_config(tmp_path, looped(tiny_model, tmp_path, simulate=PANEL))
+    config = looped(tiny_model, tmp_path, simulate=PANEL)
+    config["streaming"]["max_lag_steps"] = 0
+    config["rollout"]["max_concurrent"] = 16  # fewer places than an evaluation asks for
+    write_config(tmp_path, config)
     with Command("loop", "config.yaml", cwd=tmp_path) as command:
         assert command.status() == 0, command.output
         assert command.processes.wait_gone() == []
