@@ -72,6 +72,7 @@ async def test_disagreement_is_kept_beside_the_score_and_not_added_up():
     ]
 
 
+@pytest.mark.slow
 def test_a_replica_gives_what_the_rule_says(
     ray_session: Processes, run: RunCoroutine, tiny_model: Path, tmp_path: Path
 ) -> None:

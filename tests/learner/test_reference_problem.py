@@ -308,15 +308,18 @@ def train(
     return missing_share(problem, logprob_table(policy, PROMPTS, num_tokens=NUM_TOKENS))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def fast_alone(*names):
+    """All algorithms; those that are not named take long and are for the slow suite."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in names)) for name in ALGORITHMS]
+
+
+@pytest.mark.parametrize("algorithm", fast_alone("ppo", "grpo"))
 def test_each_algorithm_comes_close_to_the_optimum(folder, policy, problem, algorithm):
     assert train(make_learner(algorithm, folder), policy, problem) < CLOSE
 
 
 @pytest.mark.parametrize("mistake", [wrong_sign_of_kl, no_mask])
-@pytest.mark.parametrize(
-    "algorithm", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("ppo", "grpo"))) for name in ALGORITHMS]
-)
+@pytest.mark.parametrize("algorithm", fast_alone("ppo"))
 def test_a_wrong_sign_of_kl_or_no_mask_stays_far_from_it(folder, policy, problem, algorithm, mistake):
     assert train(make_learner(algorithm, folder), policy, problem, mistake=mistake) > FAR
 
@@ -326,6 +329,7 @@ def test_with_half_of_the_responses_cut_short_their_values_lead_close_to_it(fold
     assert train(learner, policy, problem, cut_share=0.5) < CLOSE
 
 
+@pytest.mark.slow
 def test_with_half_of_them_cut_short_score_and_value_together_stay_far_from_it(folder, policy, problem, monkeypatch):
     monkeypatch.setattr(ppo, "critic_targets", score_and_bootstrap)
     learner = make_learner("ppo", folder, truncation="bootstrap")
