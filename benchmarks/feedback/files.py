@@ -15,6 +15,7 @@ from benchmarks.feedback.speed import timed
 from feedback.store import Store
 
 KILLED_AT = (0.5, 0.95)  # shares of the time that the whole import takes
+MOST_S = 1800
 TABLES = ("prompts", "responses", "tasks", "aggregate_runs", "aggregates")
 
 
@@ -63,7 +64,10 @@ def whole(folder: Path, kind: str) -> float:
     """Seconds of the import, in a process of its own, so that memory is that of this import."""
     began_s = time.perf_counter()
     process = started(imported, folder, kind, f"{kind}.db")
-    process.join()
+    process.join(MOST_S)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the import of {kind} did not end within {MOST_S} s")
     if process.exitcode:
         raise RuntimeError(f"the import of {kind} failed with {process.exitcode}")
     return time.perf_counter() - began_s
@@ -74,7 +78,7 @@ def killed(folder: Path, kind: str, after_s: float) -> None:
     process = started(imported, folder, kind, place)
     process.join(after_s)
     process.kill()
-    process.join()
+    process.join(MOST_S)
     print(f"| {kind} | {after_s:.1f} | {', '.join(map(str, counted(folder, Path(place).stem)))} |", flush=True)
 
 
