@@ -29,7 +29,7 @@ from feedback.quality import Aggregate, UnpairedLabel, dawid_skene
 from feedback.simulate import Pair, Vote, simulate_votes
 from feedback.store import DatasetQuery, Store
 
-_LOOK_AGAIN_S = 2.0
+_LOOK_AGAIN_S = 10.0  # each look reads all votes of the store, and people take hours
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ async def _ask_people(
         raise ConfigError(
             f"preferences.people: {len(found.comparisons)} comparisons in {people.store} after {people.wait_s:g} s, "
             f"needed are {people.min_comparisons} (min_comparisons); nothing of it is lost: start `headrace label` on "
-            "that store, and run this again"
+            "that store, and continue with resume=true"
         )
     progress.note(
         f"people: all votes on {judged} of {given_out} pairs; {len(found.comparisons)} comparisons so far from "
