@@ -1,19 +1,24 @@
 """The closed loop on the tiny model: rounds that ask, learn a reward and train on it, with a panel and with people."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from cluster import train
 from cluster.loop import read
 from contracts.config import ConfigError
 from contracts.loading import validate
 from contracts.loop import LoopConfig
+from contracts.stopping import StopRequest
 from feedback.store import Judgment, Store
+from learner.experience_queue import ExperienceQueue, StalenessBound
 from tests.cluster.test_train import write_config, write_project
 from tests.command import Command, rows
 
@@ -141,3 +146,31 @@ def vote_on_the_first_round(place: Path, over: threading.Event) -> None:
                 continue
             voted += 1
             store.submit(anna, given.task_id, Judgment(f"vote-{voted}", choice="a"), lease_id=given.lease_id)
+
+
+def test_a_place_that_nobody_tells_of_is_offered_while_the_learner_waits() -> None:
+    """The second round of a run without asynchrony hung: an evaluation had taken all places, and told nobody after."""
+
+    class Waits:
+        offered = 0
+        stopping = StopRequest()
+        queue = ExperienceQueue(StalenessBound(0, 1), max_samples=4, max_bytes=1 << 20)
+        leases = SimpleNamespace(running=dict)
+        version = 0
+        bound = SimpleNamespace(groups_per_batch=1)
+        progress = SimpleNamespace(waiting=lambda text: None)
+
+        async def offer_places(self) -> None:
+            self.offered += 1
+            self.stopping.set()
+
+    job = Waits()
+
+    async def wait() -> None:
+        async with asyncio.timeout(5):
+            assert await train.next_batch(job) is None  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_LOOK_AGAIN_S", 0.01)
+        asyncio.run(wait())
+    assert job.offered == 1
