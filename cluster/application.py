@@ -166,7 +166,7 @@ def gate_prompts(application: Application, tokenizer: Any) -> tuple[list[Prompt]
 
 
 async def start_application(application: Application, start: StartWeights, progress: Progress) -> None:
-    """Deploy it behind Serve's HTTP proxy, which runs, and wait until it serves `start` or what follows it.
+    """Deploy it on the Serve that runs, and wait until it serves `start` or what follows it.
 
     Raises:
         ConfigError: prompts of the gate that cannot be used.
@@ -192,8 +192,9 @@ async def start_application(application: Application, start: StartWeights, progr
         start_s=config.deadlines.start_s,
         health_s=config.deadlines.health_s,
         gate_prompts=prompts,
+        listens=True,
     )
-    await run_application(bound, serving.application, start_s=config.deadlines.start_s, route_prefix="/")
+    await run_application(bound, serving.application, start_s=config.deadlines.start_s)
     progress.waiting("")
 
 

@@ -24,7 +24,6 @@ from actors.placement import missing
 from actors.reference import ReferenceModel, deploy_reference
 from actors.reward import RewardComponents, deploy_reward
 from cluster.capacity import check_capacity, local_cpus
-from cluster.http_door import start_http
 from cluster.loopback import LOOPBACK
 from cluster.presence import announce, reap
 from cluster.progress import Progress
@@ -57,8 +56,8 @@ def start_ray(
 ) -> dict[str, str]:
     """Connect to the configured cluster, or start a local Ray on loopback alone, and Serve unless `learner_only`.
 
-    With `served` Serve has the HTTP door of that application. Returns the URLs that a person may want to open, by what
-    is there.
+    `served`: the application that the run starts, for what it needs. Returns the URLs that a person may want to open,
+    by what is there.
     """
     # Workers run with Ray's directory as theirs: they find the project's and the user's modules by this.
     folders = [str(working_dir), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -93,24 +92,17 @@ def start_ray(
     if learner_only or not isinstance(config, Config):
         return {}
     check_capacity(config, served=served)
-    start_serve(served)
+    start_serve()
     dashboard = {"Ray dashboard": f"http://{context.dashboard_url}"} if context.dashboard_url else {}
     port = context.address_info["metrics_export_port"]
     return dashboard | {"Prometheus metrics": f"http://{bound_to}:{port}/metrics"}
 
 
-def start_serve(served: ServingConfig | None = None) -> None:
-    """Ray Serve; with `served` there is a proxy for HTTP at its host and port, on the head.
-
-    Raises:
-        ConfigError: Serve runs on this cluster without one, and cannot get one any more.
-    """
+def start_serve() -> None:
+    """Ray Serve without proxies for HTTP: what callers reach listens itself."""
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if served is None:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-        return
-    start_http(served.host, served.port)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
 
 
 def _started(options: dict[str, Any]) -> Any:

@@ -84,7 +84,7 @@ async def serve_policy(job: ServeJob, progress: Progress, stopping: StopRequest)
     config = config.model_copy(update={"ray": ray_config})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(config, serving.application, progress, learner_only=True))
-        start = asyncio.to_thread(launch.start_serve, serving)
+        start = asyncio.to_thread(launch.start_serve)
         await answer(start, who="Ray Serve", asked="start", deadline_s=deadlines.start_s)
         stack.push_async_callback(remove, application, deadline_s=deadlines.stop_s)
         progress.phase(f"Starting {application.num_engines}")

@@ -25,6 +25,7 @@ _KEEPER_STOP_S = 5.0  # replicas wait for orders there, and nobody else loses an
 _STOP_MARGIN_S = 10.0
 _INGRESS_REQUESTS = 10_000  # it bounds its own queue, and says 503 itself
 _KEEPER_REQUESTS = 1000  # each replica waits in one
+_ON_THE_HEAD = {"node:__internal_head__": 0.001}  # Ray gives its head node one of these
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def build(
     start_s: float,
     health_s: float,
     gate_prompts: Sequence[Prompt] = (),
+    listens: bool = False,
 ) -> serve.Application:
     """The whole application, to be run under `config.application`.
 
@@ -53,6 +55,7 @@ def build(
         start_s: a replica loads the model and takes the current version.
         health_s: a replica answers a health check; after three it is replaced.
         gate_prompts: what versions are compared on, where `config.gate` is set.
+        listens: the ingress answers HTTP itself, on the head; else Ray Serve's proxies have to be there.
 
     Raises:
         ValueError: the key in `folder` cannot be read.
@@ -108,7 +111,7 @@ def build(
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=_INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": _ON_THE_HEAD if listens else {}},
         **checks,
         **finishing,
     )
@@ -116,7 +119,9 @@ def build(
     pinned = {
         version: replica(f"pinned-{version}", f"{config.name}@{version}", num_replicas=1) for version in config.pinned
     }
-    bound: serve.Application = ingress.bind(config, folder, live, versions, pinned=pinned, scorers=scorers)
+    bound: serve.Application = ingress.bind(
+        config, folder, live, versions, pinned=pinned, scorers=scorers, listens=listens
+    )
     return bound
 
 

@@ -18,6 +18,7 @@ from contracts.waiting import NoAnswer, answer
 from serving.meters import Meters
 from serving.protocol import BUSY_S, ApiError
 from serving.records import Head, PolicyRequest
+from serving.wire import Box, Inbox
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 _LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
@@ -35,15 +36,69 @@ class Ended(Exception):
     """A replica's answer ended before it began."""
 
 
+class _Call:
+    """One call of a replica: what it says comes as Ray's objects, or after its head by wire."""
+
+    def __init__(self, handle: Any, request: PolicyRequest, inbox: Inbox, *, streamed: bool) -> None:
+        self._inbox, self._box = inbox, inbox.box() if streamed else None
+        reply_to = None if self._box is None else self._box.reply_to
+        self._response = handle.remote(replace(request, reply_to=reply_to))
+        self._last: asyncio.Task[None] | None = None
+        self._ended = False
+
+    async def head(self) -> Head:
+        head: Head = await self._said()
+        if head.by_wire and self._box is not None:
+            # Ray's part of the call is its end now, and every failure before that.
+            self._last = asyncio.ensure_future(self._until_last(self._box))
+        return head
+
+    async def part(self) -> bytes:
+        """b"" at the end."""
+        part: bytes
+        if self._last is not None and self._box is not None:
+            if not (part := await self._box.take()):
+                await self._last
+        else:
+            try:
+                part = await self._said()
+            except Ended:
+                part = b""
+        self._ended = not part
+        return part
+
+    def close(self) -> None:
+        """It ends in the engine too, where it still runs."""
+        if self._box is not None:
+            self._inbox.close(self._box)
+        if self._last is not None:
+            self._last.cancel()
+        if not self._ended:
+            self._response.cancel()
+
+    async def _said(self) -> Any:
+        try:
+            return await anext(self._response)
+        except StopAsyncIteration as error:
+            raise Ended("the replica's answer ended before it began") from error
+
+    async def _until_last(self, box: Box) -> None:
+        try:
+            await self._said()
+        except Ended:
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the answer is waited for
+            box.fail(error)
+
+
 @dataclass
 class Begun:
     """An answer whose first bytes are here. `close` it: that ends it in the engine where it still runs."""
 
     head: Head
     first: bytes
-    response: Any  # DeploymentResponseGenerator[Head | bytes]
+    call: _Call
     expires: float
-    ended: bool = False
 
     async def parts(self) -> AsyncIterator[bytes]:
         """The first bytes and what follows them.
@@ -52,28 +107,23 @@ class Begun:
             NoAnswer: the replica was silent until the request's deadline.
             RayError, RayServeException: it was lost.
         """
-        yield self.first
-        while True:
-            left_s = max(0.001, self.expires - now())
-            try:
-                part = await answer(anext(self.response), who=self.head.replica, asked="go on", deadline_s=left_s)
-            except StopAsyncIteration:
-                self.ended = True
-                return
+        part = self.first
+        while part:
             yield part
+            left_s = max(0.001, self.expires - now())
+            part = await answer(self.call.part(), who=self.head.replica, asked="go on", deadline_s=left_s)
 
     def close(self) -> None:
-        if not self.ended:
-            self.response.cancel()
+        self.call.close()
 
 
 class Replicas:
     """The replicas of one slot."""
 
-    def __init__(self, slot: str, handle: DeploymentHandle, *, retries: int, meters: Meters) -> None:
+    def __init__(self, slot: str, handle: DeploymentHandle, *, retries: int, meters: Meters, inbox: Inbox) -> None:
         self.slot = slot
         self._handle: Any = handle.options(stream=True, method_name="answer")
-        self._retries, self._meters = retries, meters
+        self._retries, self._meters, self._inbox = retries, meters, inbox
 
     async def begin(self, request: PolicyRequest) -> Begun:
         """The answer of one of them from its first bytes on: within `request.deadline_s`, or not at all.
@@ -116,15 +166,18 @@ class Replicas:
 
     async def _once(self, request: PolicyRequest, expires: float, *, whole: bool) -> Begun | None:
         """None: the replica that was asked drains."""
-        response = self._handle.remote(request)
+        call = _Call(self._handle, request, self._inbox, streamed=not whole)
         begun = None
+        asked: Any = {"who": f"a replica of {self.slot}", "asked": "answer a request", "deadline_s": request.deadline_s}
         try:
-            head = await self._next(response, request)
+            head = await answer(call.head(), **asked)
             if head.draining:
                 return None
             if head.status != 200:
                 raise _refused(head)
-            begun = Begun(head, await self._next(response, request), response, expires)
+            begun = Begun(head, await answer(call.part(), **asked), call, expires)
+            if not begun.first:
+                raise Ended("the replica's answer ended before it began")
             if whole:
                 begun.first = b"".join([part async for part in begun.parts()])
             return begun
@@ -133,14 +186,7 @@ class Replicas:
             raise
         finally:
             if begun is None:
-                response.cancel()
-
-    async def _next(self, response: Any, request: PolicyRequest) -> Any:
-        who = f"a replica of {self.slot}"
-        try:
-            return await answer(anext(response), who=who, asked="answer a request", deadline_s=request.deadline_s)
-        except StopAsyncIteration as error:
-            raise Ended("the replica's answer ended before it began") from error
+                call.close()
 
     def _too_late(self, request: PolicyRequest) -> ApiError:
         message = f"no answer within {request.deadline_s:g} s: ask again, for fewer tokens or when less is going on"

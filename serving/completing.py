@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,7 @@ from serving.records import LIVE, PolicyRequest
 VERSION_HEADER = "X-Weights-Version"
 _BYTES_A_TOKEN = 4  # of a prompt, for the reservation; what was really used is settled afterwards
 _NO_CHOICES = b'"choices":[]'  # quotation marks inside of texts are escaped, so this is never a part of one
+_READ_S = 30.0  # for a caller to take what is left of its answer, when all of it is there
 _DONE = b"data: [DONE]\n\n"
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "n", "stop"}
 
@@ -150,7 +152,12 @@ class _Events(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             try:
-                await super().__call__(scope, receive, send)
+                async with asyncio.timeout(self._begun.expires - now() + _READ_S) as deadline:
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                tell(Event("expiry", "a caller", f"took none of its answer for {_READ_S:g} s", "it is cut off"))
             finally:
                 self._keep()
 

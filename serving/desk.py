@@ -28,6 +28,7 @@ from serving.limits import Admission, Rates
 from serving.meters import Meters
 from serving.protocol import BUSY_S, ApiError, overloaded
 from serving.records import LIVE
+from serving.wire import Inbox
 
 # A component of the reward: (messages, response) -> (score, version). Raises ValueError for what it cannot score.
 Scorer = Callable[[list[dict[str, str]], str], Awaitable[tuple[float, str]]]
@@ -60,8 +61,12 @@ class Desk:
         self.store = Store(config.feedback or folder / "feedback.sqlite", busy_s=_BUSY_STORE_S)
         self.began_s = int(time.time())
         slots = {LIVE: live} | {f"pinned-{version}": handle for version, handle in pinned.items()}
-        retries = config.first_token_retries
-        self.slots = {slot: Replicas(slot, each, retries=retries, meters=self.meters) for slot, each in slots.items()}
+        self.inbox = Inbox()
+        self.http: asyncio.Task[None] | None = None  # the server in this process, where there is one
+        self.slots = {
+            slot: Replicas(slot, each, retries=config.first_token_retries, meters=self.meters, inbox=self.inbox)
+            for slot, each in slots.items()
+        }
         for slot in self.slots:
             replicas = config.replicas.min_replicas if slot == LIVE else 1
             self.admission.set_places(slot, replicas * config.replicas.max_running)

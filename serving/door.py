@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracts.clock import now
+from contracts.waiting import NoAnswer, answer
 from serving.keys import LOCAL, Key, Keys, is_local
 from serving.limits import Admission, Rates
 from serving.meters import Meters
 from serving.protocol import ApiError, overloaded
+
+_BODY_S = 30.0
 
 # What a route asks for: a scope, or "" for any key at all. What is not here is open: the pages and /health.
 _NEEDS = {
@@ -46,9 +53,13 @@ class Door:
             await self._app(scope, receive, send)
             return
 
+        answered = False
+
         async def count(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
                 self._meters.answered(_path(scope), message["status"])
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -57,7 +68,15 @@ class Door:
         except ApiError as error:
             await JSONResponse({"error": error.error}, error.status, error.headers)(scope, receive, count)
             return
-        await self._app(scope, _replayed(body, receive), count)
+        caller = _Caller(body, receive)
+        watching = asyncio.create_task(caller.cancel_when_gone(asyncio.current_task(), lambda: answered))
+        try:
+            await self._app(scope, caller.message, count)
+        except asyncio.CancelledError:
+            if not caller.cancelled:
+                raise
+        finally:
+            watching.cancel()
 
     def _let_in(self, scope: Scope) -> Key:
         path, headers = _path(scope), Headers(scope=scope)
@@ -104,9 +123,14 @@ class Door:
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > self._max_body_bytes:
             raise self._too_large()
-        body = bytearray()
+        body, expires = bytearray(), now() + _BODY_S
         while True:
-            message = await receive()
+            left_s = max(0.0, expires - now())
+            try:
+                message = await answer(receive(), who="the caller", asked="send its body", deadline_s=left_s)
+            except NoAnswer:
+                late = f"the body was not complete after {_BODY_S:g} s: send it faster, or less of it"
+                raise ApiError(408, late, code="body_too_late") from None
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "the connection was closed before the body was complete")
             body += message.get("body", b"")
@@ -126,11 +150,25 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body in one piece, and then what the connection says."""
-    pieces: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+class _Caller:
+    """Who asked: gives a route the body in one piece, and ends the route when it hangs up, which frees its place."""
 
-    async def replay() -> Message:
-        return pieces.pop() if pieces else await receive()
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._receive = receive
+        self._gone = asyncio.Event()
+        self.cancelled = False
 
-    return replay
+    async def message(self) -> Message:
+        if self._messages:
+            return self._messages.pop()
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def cancel_when_gone(self, route: asyncio.Task[Any] | None, answered: Callable[[], bool]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+        if route is not None and not answered():  # a server says it after the end of an answer too
+            self.cancelled = True
+            route.cancel()

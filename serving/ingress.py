@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -18,6 +20,7 @@ from contracts.serving import ServingConfig
 from serving import administering, completing, judging
 from serving.desk import Desk, Scorer
 from serving.door import Door
+from serving.listening import listen, serving_http
 from serving.protocol import ApiError, refusal
 
 _CHAT_PAGE = Path(__file__).parent / "pages" / "chat"
@@ -40,10 +43,12 @@ class Ingress:
         versions: of the deployment `versions` (`VersionKeeper`).
         pinned: by version, those of the deployments `pinned-VERSION`.
         scorers: by name, the weight of each component of the reward and a picklable function that asks it.
+        listens: at `config.host` and `config.port` by itself; else callers come through Ray Serve's HTTP proxy.
 
     Raises:
         ConfigError: keys that cannot be read.
         Refused: a feedback store that cannot be opened.
+        RuntimeError: it cannot listen there.
     """
 
     def __init__(
@@ -54,11 +59,19 @@ class Ingress:
         versions: DeploymentHandle,
         pinned: Mapping[int, DeploymentHandle] | None = None,
         scorers: Mapping[str, tuple[float, Scorer]] | None = None,
+        *,
+        listens: bool = False,
     ) -> None:
+        self._listening = listen(config.host, config.port) if listens else None
         self._desk = Desk(config, folder, live, versions, pinned or {}, scorers or {})
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._desk)
+        return build_app(self._desk, self._listening)
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces an ingress that raises three times in a row."""
+        if self._desk.http is not None and self._desk.http.done():
+            raise RuntimeError("the HTTP server has ended") from self._desk.http.exception()
 
 
 def _giving(file: Path) -> Callable[[Request], Awaitable[FileResponse]]:
@@ -68,15 +81,19 @@ def _giving(file: Path) -> Callable[[Request], Awaitable[FileResponse]]:
     return give
 
 
-def build_app(desk: Desk) -> FastAPI:
-    """All routes over one desk."""
+def build_app(desk: Desk, listening: socket.socket | None = None) -> FastAPI:
+    """All routes over one desk; while it lives it answers what connects to `listening`."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(desk.watch_versions())
-        yield
-        watch.cancel()
-        desk.store.close()
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.callback(desk.store.close)
+            stack.callback(asyncio.create_task(desk.watch_versions()).cancel)
+            await stack.enter_async_context(desk.inbox.opened(ray.get_runtime_context().get_node_id()))
+            if listening is not None:
+                http = serving_http(app, listening, finish_s=desk.config.request_s)
+                desk.http = await stack.enter_async_context(http)
+            yield
 
     app = FastAPI(title="Headrace", version="1", lifespan=lifespan)
     app.state.desk = desk

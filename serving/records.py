@@ -8,6 +8,7 @@ from typing import Any, Literal
 import ray
 
 from contracts.records import WeightsUpdate
+from serving.wire import ReplyTo
 
 LIVE = "live"  # the slot of the replicas that follow training; `pinned-7` is that of a version with its own replica
 
@@ -17,13 +18,15 @@ class PolicyRequest:
     """One request to a replica; `body` is an OpenAI request that the ingress has checked.
 
     `answer_id` names the answer in the API. Without `max_tokens` in the body the replica writes what fits, at most
-    `limits.max_response_tokens`. The replica gives up `deadline_s` after it has the request.
+    `limits.max_response_tokens`. The replica gives up `deadline_s` after it has the request. A replica on the node of
+    `reply_to` sends the parts of the answer there, and says so in its head.
     """
 
     kind: Literal["chat", "completion"]
     body: dict[str, Any]
     answer_id: str
     deadline_s: float
+    reply_to: ReplyTo | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Head:
     """The first thing that a replica says: bytes follow only where `status` is 200.
 
     A draining replica that is not the only one of its slot says `draining`: ask another. `error` is an error in the
-    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: that its first token has).
+    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: that its first token has). With
+    `by_wire` the bytes come to where the request wanted them, and not behind this.
     """
 
     status: int
@@ -39,6 +43,7 @@ class Head:
     replica: str
     draining: bool = False
     error: dict[str, Any] | None = None
+    by_wire: bool = False
 
 
 Step = tuple[WeightsUpdate, list["ray.ObjectRef"]]

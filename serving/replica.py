@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppr
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -33,6 +34,7 @@ from models.openai import OpenAIHandlers, Refused
 from models.weight_stream import DeltaError, DeltaReceiver
 from serving.records import LIVE, Head, Order, PolicyRequest, StartWeights
 from serving.rollover import DrainError, Gate
+from serving.wire import Wires
 
 KEEPER = "the version keeper"
 _POLL_S = 10.0
@@ -88,6 +90,7 @@ class PolicyReplica:
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._pinned = None if settings.slot == LIVE else int(settings.slot.removeprefix("pinned-"))
         self._gate = Gate()
+        self._wires = Wires(ray.get_runtime_context().get_node_id())
         self._engine = await start_engine(
             settings.config, settings.start, max_context_tokens=settings.max_context_tokens, start_s=settings.start_s
         )
@@ -102,8 +105,9 @@ class PolicyReplica:
     async def answer(self, request: PolicyRequest) -> AsyncIterator[Head | bytes]:
         """A Head, together with the first token; then the answer, each JSON object with its id and weights version.
 
-        Waits at most `request.deadline_s`; an answer that is not finished by then ends with what it has. Cancelling
-        it frees the engine at once.
+        Where the ingress is on this node and asked for it, the answer goes to its wire, and nothing follows the Head.
+        Waits at most `request.deadline_s`; an answer that is not finished by then ends with what it has. Cancelling it
+        frees the engine at once.
         """
         expires = asyncio.get_running_loop().time() + request.deadline_s
         try:
@@ -140,9 +144,13 @@ class PolicyReplica:
             if running.drained:
                 yield self._elsewhere()
                 return
-            yield Head(200, answered.version, self._name)
+            reply = self._wires.reached(request.reply_to)
+            yield Head(200, answered.version, self._name, by_wire=reply is not None)
             timer = asyncio.get_running_loop().call_at(expires, running.expire)
             try:
+                if reply is not None:
+                    await self._wires.deliver(answered.parts, reply)
+                    return
                 async for part in answered.parts:
                     yield part
             finally:
@@ -163,6 +171,7 @@ class PolicyReplica:
         if "_following" in vars(self) and not self._following.cancelled():
             self._following.cancel()
             self._versions.leave.remote(self._settings.slot, self._name)
+            self._wires.close()
         if "_engine" in vars(self):
             self._engine.shutdown()
 

@@ -75,6 +75,18 @@ WITHOUT = {
     "models/openai.py _first: events.aclose()": "a generator of this process",
     "models/openai.py abort: self._engine.llm.abort([request_id] if kind == 'chat' else parts)": "a message is sent; "
     "nobody answers it",
+    "serving/asking.py _said: anext(self._response)": "_Call.head and part, each in answer(), and `_last` below",
+    "serving/asking.py part: self._last": "Begun.parts waits in answer(); what it is of has ended by wire",
+    "serving/ingress.py lifespan: http": "it begins to listen; a caller is not waited for",
+    "serving/ingress.py lifespan: ray.get_runtime_context().get_node_id()": "of this process",
+    "serving/replica.py __init__: ray.get_runtime_context().get_node_id()": "of this process",
+    "serving/wire.py _to: self._connecting": "whoever has it connects, in answer()",
+    "serving/wire.py deliver: parts": "PolicyReplica ends them at the request's deadline",
+    "serving/wire.py opened: asyncio.get_running_loop().create_unix_server(lambda: _Reader(self._boxes), path)": ""
+    "it begins to listen; a replica is not waited for",
+    "serving/wire.py opened: await asyncio.get_running_loop().create_unix_server(lambda: _Reader(self._boxes), "
+    "path)": "it closes what listens",
+    "serving/wire.py take: self._came.wait()": "_Call.part, in answer()",
     "serving/replica.py _answered: aclosing(answered.parts)": "a generator of this process",
     "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",
     "serving/replica.py _answered: asyncio.timeout_at(expires)": "it is the deadline",
@@ -82,13 +94,12 @@ WITHOUT = {
     "cluster/serving.py _sent: self._find()": "find_keeper has deadlines.weights_s",
     "cluster/versions_command.py _post: urllib.request.Request(f\"{url.rstrip('/')}/v1/versions/{what}\", "
     "json.dumps(body).encode(), headers)": "it makes the request; urlopen sends it",
-    "serving/door.py __call__: self._app(scope, _replayed(body, receive), count)": "routes, each with request_s",
+    "serving/door.py __call__: self._app(scope, caller.message, count)": "routes, each with request_s",
     "serving/door.py __call__: self._app(scope, receive, send)": "the start and end of the app itself",
-    "serving/door.py count: send(message)": "Serve's proxy, which ends what a client left",
-    "serving/door.py _body: receive()": "Serve's proxy, which ends what a client left",
-    "serving/door.py replay: receive()": "Serve's proxy, which ends what a client left",
+    "serving/door.py count: send(message)": "completing._Events cuts off who does not read; a document is small",
+    "serving/door.py message: self._gone.wait()": "as long as the answer takes: it ends with that",
     "serving/door.py __call__: JSONResponse({'error': error.error}, error.status, error.headers)"
-    "(scope, receive, count)": "Serve's proxy, for the same reason",
+    "(scope, receive, count)": "a document is small, and is in the connection's buffer at once",
     "serving/versions.py publish: self._changing": _CHANGING,
     "serving/versions.py pin: self._changing": _CHANGING,
     "serving/versions.py rollback: self._changing": _CHANGING,

@@ -132,7 +132,7 @@ async def _hops(servers: dict[str, Server], count: int) -> dict[str, list[float]
             client(servers[THEIRS].url, timeout_s=REQUEST_S) as theirs,
         ):
             ways: dict[str, Callable[[dict[str, Any]], Awaitable[float]]] = {
-                "GET /health of ours: proxy and ingress, no engine": lambda _: _seconds_of_get(ours, "/health"),
+                "GET /health of ours: the ingress, no engine": lambda _: _seconds_of_get(ours, "/health"),
                 "a replica of ours through Serve's handle: first bytes": lambda body: _through_handle(live, body),
                 "ours over HTTP: first token": lambda body: _first_token(ours, body),
                 "vLLM's server over HTTP: first token": lambda body: _first_token(theirs, body),

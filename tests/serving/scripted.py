@@ -6,11 +6,16 @@ The last word of a prompt is what happens; words that happen `once` leave a mark
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from serving.records import Head, PolicyRequest, VersionRow
+from serving.wire import Wires
 
 WORDS = ["The ", "wheel ", "turns."]
 PAUSE_S = 0.05
@@ -22,20 +27,28 @@ class ScriptedReplica:
     def __init__(self, folder: Path, version: int = 7) -> None:
         self._folder, self._version = folder, version
         self._name = f"replica-{os.getpid()}"
+        self._wires = Wires(ray.get_runtime_context().get_node_id() if ray.is_initialized() else "")
 
     async def answer(self, request: PolicyRequest) -> AsyncIterator[Head | bytes]:
         body = request.body
         said = body["messages"][-1]["content"] if request.kind == "chat" else str(body["prompt"])
         act = said.split()[-1]
         self.mark(f"{act}-asked")
+        reply = self._wires.reached(request.reply_to)
         try:
-            async for part in self._act(act, request):
-                yield part
+            async with aclosing(self._act(act, request)) as said:
+                async for part in said:
+                    if reply is not None and isinstance(part, Head) and part.status == 200 and not part.draining:
+                        self.mark("by-wire")
+                        yield replace(part, by_wire=True)
+                        await self._wires.deliver(said, reply)
+                    else:
+                        yield part
         except (asyncio.CancelledError, GeneratorExit):
             self.mark(f"{act}-cancelled")
             raise
 
-    async def _act(self, act: str, request: PolicyRequest) -> AsyncIterator[Head | bytes]:
+    async def _act(self, act: str, request: PolicyRequest) -> AsyncGenerator[Any, None]:
         head = Head(200, self._version, self._name)
         if act == "drain-once" and self.times("drain-once-asked") == 1:
             yield Head(200, self._version, self._name, draining=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -15,11 +14,11 @@ import openai
 import pytest
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
 
 from contracts.serving import ServingConfig
 from serving.ingress import Ingress
 from tests.conftest import RunCoroutine
+from tests.head import free_ports
 from tests.serving.scripted import WORDS, ScriptedKeeper, ScriptedReplica, times
 
 NAME = "headrace-serving-scripted"
@@ -57,18 +56,13 @@ def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     doors: Any = serve.deployment(Ingress)
     keeper = keepers.options(name="versions", ray_actor_options=SMALL).bind(2)
     door = doors.options(name="ingress", max_ongoing_requests=10_000, ray_actor_options=SMALL)
-    app = door.bind(config, folder, live, keeper, {3: pinned})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.shutdown()  # the session's has no HTTP proxy, as that of a training run
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port, location=ProxyLocation.HeadOnly))
-    serve.run(app, name=NAME, route_prefix="/scripted")
-    url = f"http://127.0.0.1:{port}/scripted"
+    (port,) = free_ports(1)
+    app = door.bind(config.model_copy(update={"port": port}), folder, live, keeper, {3: pinned}, listens=True)
+    serve.run(app, name=NAME, route_prefix=None)
+    url = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=40)
     yield Served(url, folder, client)
-    serve.shutdown()
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    serve.delete(NAME)
 
 
 def until(condition: object, timeout_s: float = 15) -> None:
@@ -97,10 +91,12 @@ def test_the_official_client(served: Served) -> None:
 
 
 def test_a_stream_comes_token_by_token(served: Served) -> None:
+    by_wire = times(served.folder, "by-wire")
     began = time.monotonic()
     came = [(chunk, time.monotonic() - began) for chunk in served.chat("hello", stream=True)]  # type: ignore[attr-defined]
     assert [chunk.choices[0].delta.content for chunk, _ in came] == WORDS
     assert len({chunk.id for chunk, _ in came}) == 1
+    assert times(served.folder, "by-wire") == by_wire + 1
     assert came[-1][1] - came[0][1] > 0.05  # not all at the end
     counted = list(served.chat("hello", stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
     assert counted[-1].usage.completion_tokens == len(WORDS)
