@@ -1,14 +1,16 @@
 """vLLM's own OpenAI handlers on our engine: chat and text completions, streamed or as one JSON document.
 
 They render prompts, check sampling values and write the answers; of the answers only the beginning is changed, as
-text: the id is that of the request and the version of the weights stands beside it.
+text: the id is that of the request and the version of the weights stands beside it. Where several versions wrote an
+answer, because weights were exchanged in the middle of it, all of them stand there once it is finished.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +22,9 @@ Kind = Literal["chat", "completion"]
 
 _PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}  # what vLLM puts before the id of a request
 _ERROR = 'data: {"error"'
+
+# The versions that wrote the answer which this task begins, in their order, as far as its choices are finished.
+_WRITTEN: ContextVar[list[int]] = ContextVar("_WRITTEN")
 
 
 class Refused(ValueError):
@@ -34,11 +39,35 @@ class Refused(ValueError):
 class Answer:
     """An answer from its first token on: SSE events, or one JSON document. Closing `parts` aborts it.
 
-    `version` is that of the weights that wrote the first token.
+    `version` is that of the weights that wrote the first token. In the parts it is `weights_version`; where others
+    wrote on, `weights_versions` is all of them in their order, from the end of the first choice on.
     """
 
     version: int
     parts: AsyncGenerator[bytes, None]
+
+
+class _Client:
+    """The engine as vLLM's handlers see it: what they generate is noted in the `_WRITTEN` of who asked."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, *arguments: Any, **settings: Any) -> AsyncGenerator[Any, None]:
+        return _noted(self._llm.generate(*arguments, **settings), _WRITTEN.get())
+
+
+async def _noted(outputs: AsyncGenerator[Any, None], written: list[int]) -> AsyncGenerator[Any, None]:
+    """The same outputs; the versions of each choice that has finished go to `written`."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            for choice in output.outputs:
+                versions = (int(span.version) for span in choice.weight_versions or ())
+                written.extend(version for version in versions if version not in written)
+            yield output
 
 
 class OpenAIHandlers:
@@ -55,7 +84,7 @@ class OpenAIHandlers:
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.renderers.online_renderer import OnlineRenderer
 
-        llm: Any = engine.llm
+        llm: Any = _Client(engine.llm)
         template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto"}  # the model's own
         models = OpenAIServingModels(llm, [BaseModelPath(name=name, model_path=name)])
         renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
@@ -78,14 +107,22 @@ class OpenAIHandlers:
         """
         salt = await self._engine.accepting()
         ours = {"model": None, "request_id": answer_id, "cache_salt": salt}
-        created = await self._created(kind, body | ours)
+        written: list[int] = []
+        asking = _WRITTEN.set(written)
+        try:
+            created = await self._created(kind, body | ours)
+        finally:
+            _WRITTEN.reset(asking)
         theirs = f'{{"id":{json.dumps(_PREFIX[kind] + answer_id)}'
         if isinstance(created, str):
-            version = self._engine.version
-            return Answer(version, _parts(_named(created, theirs, answer_id, version)))
+            version = written[0] if written else self._engine.version
+            return Answer(version, _parts(_named(created, theirs, answer_id, version, written)))
         first = await self._first(created)
         version = self._engine.version
-        named = b"data: " + _named(theirs, theirs, answer_id, version)
+
+        def named() -> bytes:
+            return b"data: " + _named(theirs, theirs, answer_id, version, written)
+
         return Answer(version, _events(first, created, f"data: {theirs}", named))
 
     async def abort(self, kind: Kind, body: dict[str, Any], *, answer_id: str) -> None:
@@ -138,25 +175,26 @@ class OpenAIHandlers:
 
 
 async def _events(
-    first: str, events: AsyncGenerator[str, None], theirs: str, named: bytes
+    first: str, events: AsyncGenerator[str, None], theirs: str, named: Callable[[], bytes]
 ) -> AsyncGenerator[bytes, None]:
-    """Each event with `named` in place of its beginning; its JSON is not read."""
+    """Each event with what `named` gives in place of its beginning; its JSON is not read."""
     length = len(theirs)
-    yield named + first[length:].encode()
+    yield named() + first[length:].encode()
     async with aclosing(events):
         async for event in events:
-            yield named + event[length:].encode() if event.startswith(theirs) else event.encode()
+            yield named() + event[length:].encode() if event.startswith(theirs) else event.encode()
 
 
 async def _parts(document: bytes) -> AsyncGenerator[bytes, None]:
     yield document
 
 
-def _named(text: str, theirs: str, answer_id: str, version: int) -> bytes:
-    """A JSON object of vLLM's with our id, and the version beside it."""
+def _named(text: str, theirs: str, answer_id: str, version: int, written: Sequence[int]) -> bytes:
+    """A JSON object of vLLM's with our id, and the version beside it; `written` too, where there are several."""
     if not text.startswith(theirs):
         raise RuntimeError(f"vLLM's answer does not begin with {theirs}: {text[:80]}")
-    return f'{{"id":{json.dumps(answer_id)},"weights_version":{version}{text[len(theirs) :]}'.encode()
+    several = f',"weights_versions":{json.dumps(written)}' if len(written) > 1 else ""
+    return f'{{"id":{json.dumps(answer_id)},"weights_version":{version}{several}{text[len(theirs) :]}'.encode()
 
 
 def _refused(error: dict[str, Any]) -> Refused:

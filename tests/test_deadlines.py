@@ -71,6 +71,8 @@ WITHOUT = {
     "models/openai.py _created: self._completion.create_completion(CompletionRequest(**body))": "the same",
     "models/openai.py _events: aclosing(events)": "a generator of this process",
     "models/openai.py _events: events": "PolicyReplica aborts the request at its deadline, which ends them",
+    "models/openai.py _noted: aclosing(outputs)": "a generator of this process",
+    "models/openai.py _noted: outputs": "PolicyReplica aborts the request at its deadline, which ends them",
     "models/openai.py _first: anext(events)": "PolicyReplica.answer waits request.deadline_s",
     "models/openai.py _first: events.aclose()": "a generator of this process",
     "models/openai.py abort: self._engine.llm.abort([request_id] if kind == 'chat' else parts)": "a message is sent; "

@@ -91,7 +91,7 @@ class Spoken:
 class Rig:
     """The application, and the weights of versions 0, 1 (both of seed 0) and 2 (of seed 1)."""
 
-    def __init__(self, folders: list[Path], run: RunCoroutine) -> None:
+    def __init__(self, folders: list[Path], run: RunCoroutine, *, application: str = APP, **serving: Any) -> None:
         self.run = run
         # Every test begins with version 1 and leaves it so.
         self.sender = DeltaSender()
@@ -107,14 +107,13 @@ class Rig:
             health_check_period_s=1.0,
             graceful_shutdown_timeout_s=20.0,
         )
-        config = ServingConfig(
-            replicas=EngineReplicaConfig(kv_cache_gib=0.1), drain_s=60.0, limits=ServingLimits(max_response_tokens=MOST)
-        )
+        limits = ServingLimits(max_response_tokens=MOST)
+        config = ServingConfig(replicas=EngineReplicaConfig(kv_cache_gib=0.1), drain_s=60.0, limits=limits, **serving)
         settings = ReplicaSettings(LIVE, "policy", StartWeights(str(folders[0]), 0), 256, config, start_s=120.0)
         bound = keeper.bind([self.order(self.to_1)])
-        serve.run(replica.bind(settings, bound), name=APP, route_prefix=None)
-        self.live = serve.get_deployment_handle("live", APP).options(stream=True)
-        self.keeper = serve.get_deployment_handle("versions", APP)
+        serve.run(replica.bind(settings, bound), name=application, route_prefix=None)
+        self.live = serve.get_deployment_handle("live", application).options(stream=True)
+        self.keeper = serve.get_deployment_handle("versions", application)
 
     def _update(self, seed: int, version: int) -> tuple[WeightsUpdate, list[ray.ObjectRef]]:
         frames = [bytes(frame) for frame in self.sender.encode(self.weights[seed].items(), version)]

@@ -177,7 +177,7 @@ async function stream(body, signal, answer, shown, talk) {
   for await (const event of events(response)) {
     if (event.error) throw new Failed(event.error.message);
     answer.id ||= event.id;
-    if (event.weights_version !== undefined) answer.versions.add(event.weights_version);
+    for (const wrote of event.weights_versions ?? [event.weights_version ?? []].flat()) answer.versions.add(wrote);
     const choice = event.choices?.[0];
     answer.finish = choice?.finish_reason ?? answer.finish;
     const more = choice?.delta?.content;
