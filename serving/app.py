@@ -14,7 +14,7 @@ from contracts.serving import EngineReplicaConfig, ServingConfig
 from serving.archive import weights_key
 from serving.gate_engine import GateEngine, GateSettings, RewardScorer
 from serving.ingress import Ingress
-from serving.records import LIVE, StartWeights
+from serving.records import LIVE, VERSIONS, StartWeights
 from serving.replica import PolicyReplica, ReplicaSettings
 from serving.versions import VersionKeeper
 
@@ -69,7 +69,7 @@ def build(
     }
     keeper: Any = serve.deployment(
         VersionKeeper,
-        name="versions",
+        name=VERSIONS,
         num_replicas=1,
         max_ongoing_requests=_KEEPER_REQUESTS,
         ray_actor_options={"num_cpus": 0},

@@ -10,6 +10,7 @@ import ray
 from contracts.records import WeightsUpdate
 from serving.wire import ReplyTo
 
+VERSIONS = "versions"  # the deployment of the version keeper
 LIVE = "live"  # the slot of the replicas that follow training; `pinned-7` is that of a version with its own replica
 
 
@@ -34,8 +35,8 @@ class Head:
     """The first thing that a replica says: bytes follow only where `status` is 200.
 
     A draining replica that is not the only one of its slot says `draining`: ask another. `error` is an error in the
-    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: that its first token has). With
-    `by_wire` the bytes come to where the request wanted them, and not behind this.
+    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: its first token). With `by_wire` the
+    bytes come to where the request wanted them, and not behind this.
     """
 
     status: int

@@ -93,7 +93,7 @@ WITHOUT = {
     "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",
     "serving/replica.py _answered: asyncio.timeout_at(expires)": "it is the deadline",
     "cluster/serving.py finish: self._sending": "each thing that `_send` waits for has a deadline",
-    "cluster/serving.py _sent: self._find()": "find_keeper has deadlines.weights_s",
+    "cluster/serving.py _found: self._find()": "find_keeper has deadlines.weights_s",
     "cluster/versions_command.py _post: urllib.request.Request(f\"{url.rstrip('/')}/v1/versions/{what}\", "
     "json.dumps(body).encode(), headers)": "it makes the request; urlopen sends it",
     "serving/door.py __call__: self._app(scope, caller.message, count)": "routes, each with request_s",
