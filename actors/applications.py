@@ -10,6 +10,7 @@ import asyncio
 import time
 
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
@@ -71,6 +72,22 @@ async def delete_application(name: str, *, deadline_s: float) -> None:
 async def application_names(deadline_s: float) -> list[str]:
     """All that there are, of other runs too."""
     return sorted(await _applications(deadline_s))
+
+
+async def applications_with(deployment: str, deadline_s: float) -> list[str]:
+    """Those that have a deployment of this name."""
+    return sorted(name for name, each in (await _applications(deadline_s)).items() if deployment in each.deployments)
+
+
+async def finishing_s(name: str, *, deadline_s: float) -> float:
+    """How long the replicas of an application may take to finish what they do, once it is deleted; 0 if it is gone."""
+    client = _get_global_client()
+    if client is None:
+        return 0.0
+    details = asyncio.to_thread(client.get_serve_details)
+    found = (await answer(details, who="Ray Serve", asked=f"describe {name}", deadline_s=deadline_s))["applications"]
+    deployments = found.get(name, {"deployments": {}})["deployments"].values()
+    return max((each["deployment_config"]["graceful_shutdown_timeout_s"] for each in deployments), default=0.0)
 
 
 async def _applications(deadline_s: float) -> dict[str, ApplicationStatusOverview]:

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from transformers import AutoTokenizer
 
-from actors.applications import delete_application, run_application
+from actors.applications import application_names, delete_application, run_application
 from actors.prompts import PromptRow, read_rows, render
 from actors.replicas import watch
 from actors.reward import RewardHandle, ScoreRequest
@@ -35,6 +36,7 @@ from serving.keys import load_keys
 from serving.records import StartWeights
 
 STOP_MARGIN_S = 30.0
+_LOOK_S = 2.0
 NOT_THERE = (NoAnswer, RayActorError, RayTaskError, RayServeException)  # a part of the application, or Serve
 
 
@@ -213,7 +215,7 @@ async def _scorers(application: Application) -> Mapping[str, tuple[float, Scorer
 
 
 async def until_stopped(application: Application, progress: Progress, stopping: StopRequest) -> None:
-    """Ends with the wish to stop, or raises with the application."""
+    """Ends with the wish to stop, or when somebody else has removed the application; raises with it."""
     replicas = application.serving.replicas
 
     def tell(event: Event) -> None:
@@ -224,13 +226,26 @@ async def until_stopped(application: Application, progress: Progress, stopping: 
     applications = {application.serving.application: "the policy"}
     watching = asyncio.create_task(watch(applications, on_event=tell, deadline_s=deadline_s))
     told = asyncio.create_task(stopping.wait())
+    gone = asyncio.create_task(_until_removed(application.serving.application, deadline_s=deadline_s))
+    ends = {watching, told, gone}
     try:
-        await asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
+        if gone.done():
+            progress.note(f"{application.serving.application} was removed from outside, for example by --stop")
     finally:
-        watching.cancel()
-        told.cancel()
+        for task in ends:
+            task.cancel()
+
+
+async def _until_removed(name: str, *, deadline_s: float) -> None:
+    """Where Serve does not answer, which `watch` tells, nothing is known to be removed."""
+    while True:
+        with suppress(*NOT_THERE):
+            if name not in await application_names(deadline_s):
+                return
+        await asyncio.sleep(_LOOK_S)
 
 
 async def finish_answers(application: Application, progress: Progress) -> None:

@@ -91,11 +91,26 @@ def _train(settings: Config, config: Path) -> None:
 
 
 @app.command()
-def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def serve(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file; none with --stop")] = None,
+    overrides: OverridesArgument = None,
+    stop: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="take the policy of this serving.name off a cluster, its answers finished"),
+    ] = None,
+    address: Annotated[str, typer.Option(help="the cluster of --stop, as in ray.address")] = "auto",
+) -> None:
     """Serve a policy through an OpenAI-compatible API: serving.model, or the newest checkpoint, or model.path.
 
-    Ctrl-C or SIGTERM finishes the answers that are being written and ends; a second Ctrl-C ends at once.
+    Ctrl-C or SIGTERM finishes the answers that are being written and ends; a second Ctrl-C ends at once. What was left
+    on a cluster by a run with `serving.start` ends with `headrace serve --stop NAME`.
     """
+    if (config is None) == (stop is None):
+        raise ConfigError("headrace serve takes either CONFIG, to serve, or --stop NAME, to end what a cluster serves")
+    if stop is not None:
+        _stop_serving(stop, address)
+        return
+    assert config is not None
     settings = configuration.load(config, overrides or ())
     if settings.ray.address is None:
         stay_on_loopback()
@@ -108,6 +123,17 @@ def serve(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         _, received = run_until_signal(lambda stopping: serve_policy(job, progress, stopping))
     if received is not None:
         raise SystemExit(128 + received)
+
+
+def _stop_serving(name: str, address: str) -> None:
+    from cluster.progress import Progress  # imports are slow, and `--help` should not be
+    from cluster.stop_serving import stop_serving
+
+    with Progress(0) as progress:
+        removed, received = run_until_signal(lambda stopping: stop_serving(name, address, progress))
+    if removed is None:
+        raise SystemExit(128 + (received or 0))
+    print(removed)
 
 
 @app.command("reward-train")

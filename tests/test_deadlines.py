@@ -26,7 +26,7 @@ WITHOUT = {
     "cluster/label_command.py _until_stopped: asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)": "as long as "
     "people label",
     "cluster/label_command.py _until_stopped: stopping.wait()": "as long as people label",
-    "cluster/application.py until_stopped: asyncio.wait({watching, told}, return_when=asyncio.FIRST_COMPLETED)": ""
+    "cluster/application.py until_stopped: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)": ""
     "as long as it is served",
     "cluster/application.py until_stopped: stopping.wait()": "as long as it is served",
     "cluster/reward_train.py _pass_on: stopping.wait()": "as long as it trains",
