@@ -128,7 +128,8 @@ def _number(value: Any) -> Any:
 
 
 def _first_problem(error: ValidationError, kind: type[Section]) -> str:
-    problems = error.errors()
+    # A default that follows from a wrong field is no second mistake.
+    problems = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
     # A misspelt key often leaves the right one missing: name the misspelt one.
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     field = ".".join(str(part) for part in problem["loc"]) or "configuration"
