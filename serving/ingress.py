@@ -23,7 +23,7 @@ from serving.door import Door
 from serving.listening import listen, serving_http
 from serving.protocol import ApiError, refusal
 
-_CHAT_PAGE = Path(__file__).parent / "pages" / "chat"
+_PAGES = Path(__file__).parent / "pages"
 
 
 @serve.ingress()
@@ -81,6 +81,12 @@ def _giving(file: Path) -> Callable[[Request], Awaitable[FileResponse]]:
     return give
 
 
+def add_chat_page(app: FastAPI) -> None:
+    """The page at `/`, and each file that it is made of."""
+    for file in (_PAGES / "common.css", *sorted((_PAGES / "chat").iterdir())):
+        app.add_route("/" if file.name == "index.html" else f"/{file.name}", _giving(file), include_in_schema=False)
+
+
 def build_app(desk: Desk, listening: socket.socket | None = None) -> FastAPI:
     """All routes over one desk; while it lives it answers what connects to `listening`."""
 
@@ -99,8 +105,7 @@ def build_app(desk: Desk, listening: socket.socket | None = None) -> FastAPI:
     app.state.desk = desk
     for module in (completing, judging, administering):
         app.include_router(module.router)
-    for file in sorted(_CHAT_PAGE.iterdir()):
-        app.add_route("/" if file.name == "index.html" else f"/{file.name}", _giving(file), include_in_schema=False)
+    add_chat_page(app)
     app.add_middleware(
         Door,
         keys=desk.keys,

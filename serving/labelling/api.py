@@ -124,6 +124,10 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
     async def page() -> FileResponse:
         return FileResponse(views.PAGE / "index.html")
 
+    @app.get("/page/common.css", include_in_schema=False)
+    async def common_css() -> FileResponse:
+        return FileResponse(views.COMMON_CSS)
+
     @app.get("/api/health")
     async def health() -> dict[str, str]:
         """Whether anybody is here; asks nothing of the store."""

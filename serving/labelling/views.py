@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from feedback.store import Assignment, Judgment, Progress, Receipt, Refused
 
 PAGE = Path(__file__).parent / "page"
+COMMON_CSS = Path(__file__).parents[1] / "pages" / "common.css"
 _WORDS = re.compile(r"[^\W_]+")
 
 

@@ -241,7 +241,7 @@ def test_every_answer_is_closed_to_scripts_of_others(client: TestClient, join: J
     anna = join("anna")
     texts = {shown["text"] for shown in anna.next()["responses"]}
     assert HOSTILE in texts, "texts are handed on as they are"
-    for path in ("/", "/page/page.js", "/page/page.css", "/api/health", "/none"):
+    for path in ("/", "/page/page.js", "/page/page.css", "/page/common.css", "/api/health", "/none"):
         answer = client.get(path)
         assert "script-src 'self'" in answer.headers["content-security-policy"]
         assert "unsafe" not in answer.headers["content-security-policy"]

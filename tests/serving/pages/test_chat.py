@@ -4,20 +4,18 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from playwright.sync_api import Browser, Page, expect
 
+from serving.ingress import add_chat_page
 from serving.protocol import FeedbackRequest
 from tests.browser import check_readable, chromium, new_page
 from tests.serving.http import served
 
-PAGE = Path(__file__).parents[3] / "serving" / "pages" / "chat"
 HOSTILE = "<img src=x onerror='window.broken = 1'> \U0001f600 caf\u00e9"
 
 
@@ -67,7 +65,7 @@ class Policy:
             self.thumbs.append(await request.json())
             return {"id": 1}
 
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+        add_chat_page(app)
         return app
 
     async def stream(self, body: dict[str, Any], version: int) -> AsyncIterator[bytes]:
