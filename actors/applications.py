@@ -20,16 +20,14 @@ _POLL_S = 0.2
 _STATUS_S = 5.0  # after the deadline: for what Serve was doing meanwhile, which the error says
 
 
-async def run_application(
-    app: serve.Application, name: str, *, start_s: float, route_prefix: str | None = None
-) -> DeploymentHandle:
-    """Deploy, without an HTTP route unless `route_prefix` is one, and wait until every replica is healthy.
+async def run_application(app: serve.Application, name: str, *, start_s: float) -> DeploymentHandle:
+    """Deploy, without a route through Serve's HTTP proxies, and wait until every replica is healthy.
 
     Raises:
         RuntimeError: a replica failed to start; carries Serve's message, the replica's own error in it.
         NoAnswer: it was not running after `start_s` seconds; the message says what Serve was doing.
     """
-    target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
+    target = serve.RunTarget(target=app, name=name, route_prefix=None)
     expires = time.monotonic() + start_s
     deploy = asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
     await answer(deploy, who="Ray Serve", asked=f"deploy {name}", deadline_s=start_s)

@@ -78,10 +78,9 @@ def main() -> int:
         began_s = time.perf_counter()
         ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": arguments.port, "location": "HeadOnly"})
-            serve.run(
-                build(LabellingConfig(store=str(place), gold_rate=0.1)), name="headrace-labelling", route_prefix="/"
-            )
+            serve.start(proxy_location="Disabled")
+            config = LabellingConfig(store=str(place), gold_rate=0.1, port=arguments.port)
+            serve.run(build(config), name="headrace-labelling", route_prefix=None)
             print(f"Ray Serve was ready after {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
             panel, wall_s = asyncio.run(labelled(f"http://127.0.0.1:{arguments.port}", people, arguments))
         finally:

@@ -19,7 +19,7 @@ from actors.applications import delete_application, run_application
 from actors.prompts import read_rows
 from actors.replicas import watch
 from cluster import launch
-from cluster.http_door import check_port, start_http, url_of
+from cluster.http_door import check_port, url_of
 from cluster.live_pairs import LivePairs
 from cluster.pair_sources import candidates
 from cluster.progress import Progress
@@ -162,11 +162,11 @@ async def label(job: LabelJob, progress: Progress, stopping: StopRequest) -> Non
     served = labelling.model_copy(update={"store": job.store, "pairs": (), **paths})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(run, job.application, progress, learner_only=True))
-        start = asyncio.to_thread(start_http, labelling.host, labelling.port)
+        start = asyncio.to_thread(launch.start_serve)
         await answer(start, who="Ray Serve", asked="start", deadline_s=run.deadlines.start_s)
         stack.push_async_callback(_remove, job)
         progress.phase("Starting the labelling page")
-        await run_application(build(served), job.application, start_s=run.deadlines.start_s, route_prefix="/")
+        await run_application(build(served), job.application, start_s=run.deadlines.start_s)
         store = stack.enter_context(Store(job.store))
         progress.phase(f"Labelling, votes go to {labelling.store}")
         progress.result(_where(labelling))

@@ -14,6 +14,7 @@ from contracts.serving import EngineReplicaConfig, ServingConfig
 from serving.archive import weights_key
 from serving.gate_engine import GateEngine, GateSettings, RewardScorer
 from serving.ingress import Ingress
+from serving.listening import ON_THE_HEAD
 from serving.records import LIVE, VERSIONS, StartWeights
 from serving.replica import PolicyReplica, ReplicaSettings
 from serving.versions import VersionKeeper
@@ -25,7 +26,6 @@ _KEEPER_STOP_S = 5.0  # replicas wait for orders there, and nobody else loses an
 _STOP_MARGIN_S = 10.0
 _INGRESS_REQUESTS = 10_000  # it bounds its own queue, and says 503 itself
 _KEEPER_REQUESTS = 1000  # each replica waits in one
-_ON_THE_HEAD = {"node:__internal_head__": 0.001}  # Ray gives its head node one of these
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def build(
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=_INGRESS_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "resources": _ON_THE_HEAD if listens else {}},
+        ray_actor_options={"num_cpus": 0, "resources": ON_THE_HEAD if listens else {}},
         **checks,
         **finishing,
     )

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp
 
 from contracts.waiting import NoAnswer, answer
 
+ON_THE_HEAD = {"node:__internal_head__": 0.001}  # of an actor's resources: Ray gives its head node one of them
+
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # clients keep a connection for the next request; one that closes first would fail that
 _CLOSING_S = 5.0

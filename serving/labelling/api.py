@@ -7,9 +7,10 @@ SQL database, so everything that must not happen twice or at once is settled the
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI
@@ -24,6 +25,7 @@ from contracts.waiting import answer
 from feedback.store import Receipt, Refused, Store
 from serving.labelling import views
 from serving.labelling.errors import Guard, answer_errors
+from serving.listening import ON_THE_HEAD, listen, serving_http
 
 T = TypeVar("T")
 # The store refuses a writer that waited for so long, before the request's own deadline would leave it unclear.
@@ -100,17 +102,23 @@ class Desk:
         self.store.close()
 
 
-def labelling_app(config: LabellingConfig) -> FastAPI:
-    """Page and API on the store of `config`, which is open until the app ends. Raises Refused, OSError."""
+def labelling_app(config: LabellingConfig, listening: socket.socket | None = None) -> FastAPI:
+    """Page and API on the store of `config`, which is open until the app ends; it answers what connects to `listening`.
+
+    Raises Refused, OSError.
+    """
     desk = Desk(config)
 
     @asynccontextmanager
-    async def closing(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        desk.close()
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.callback(desk.close)
+            if listening is not None:
+                await stack.enter_async_context(serving_http(app, listening, finish_s=config.request_s))
+            yield
 
     app = FastAPI(
-        title="Headrace labelling", lifespan=closing, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json"
+        title="Headrace labelling", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json"
     )
     app.add_middleware(Guard, max_body_bytes=config.max_body_bytes)
     answer_errors(app)
@@ -171,18 +179,17 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 
 def build(config: LabellingConfig) -> serve.Application:
-    """The application for `serve.run(..., route_prefix="/")`; paths in `config` are absolute: replicas run elsewhere.
+    """The application, which listens at `config.host` and `config.port` of Ray's head by itself.
 
-    One replica: what it waits for is the database, and an SQLite file is on one machine.
+    Paths in `config` are absolute: replicas run elsewhere. One replica: what it waits for is the database, and an
+    SQLite file is on one machine.
     """
 
     def in_the_replica() -> FastAPI:
-        return labelling_app(config)
+        return labelling_app(config, listen(config.host, config.port))
 
     door = serve.ingress(in_the_replica)
-    deployment: Any = serve.deployment(
-        door(), name="labelling", num_replicas=1, max_ongoing_requests=512,
-        ray_actor_options={"num_cpus": 0.1},
-    )  # fmt: skip
+    on_the_head = {"num_cpus": 0.1, "resources": ON_THE_HEAD}
+    deployment: Any = serve.deployment(door(), name="labelling", num_replicas=1, ray_actor_options=on_the_head)
     application: serve.Application = deployment.bind()
     return application
