@@ -21,7 +21,8 @@ from actors.rollout import RolloutRequest
 from cluster.progress import Progress
 from cluster.together import generate_together
 from contracts.clock import now
-from contracts.config import Config, ConfigError, PeopleVotes, SimulatedVotes
+from contracts.config import Config, ConfigError
+from contracts.preferences import PeopleVotes, SimulatedVotes
 from contracts.records import Comparison, Prompt, Rollout
 from contracts.seeds import derive_seed
 from feedback.formats import read_preferences

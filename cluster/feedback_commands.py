@@ -26,7 +26,7 @@ StoreOption = Annotated[
 def opened(place: str, option: str, *, must_exist: bool) -> Iterator[Store]:
     """The store; whatever it refuses is a ConfigError that names `option`."""
     from feedback.store import Refused, Store  # imports are slow, and `--help` should not be
-    from feedback.store.schema import file_of
+    from feedback.store.database import file_of
 
     try:
         file = file_of(place)

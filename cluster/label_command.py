@@ -31,7 +31,7 @@ from contracts.waiting import NoAnswer, answer
 from feedback.formats import stream_preferences
 from feedback.sampling import variety, without_near_duplicates
 from feedback.store import Candidate, ImportReport, Refused, Store, Written
-from feedback.store.schema import absolute, file_of
+from feedback.store.database import absolute, file_of
 from serving.labelling import build
 from serving.labelling.views import guidelines, offensive_words
 

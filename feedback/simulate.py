@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from contracts.config import SimulatedVotes
+from contracts.preferences import SimulatedVotes
 
 Side = Literal["a", "b"]
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.feedback.intervals import Array, interval
-from contracts.config import SimulatedVotes, VoterGroup
+from contracts.preferences import SimulatedVotes, VoterGroup
 from feedback.quality import Aggregate, dawid_skene, majority
 from feedback.simulate import Pair, simulate_votes
 

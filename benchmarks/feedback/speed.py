@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from contracts.config import SimulatedVotes, VoterGroup
+from contracts.preferences import SimulatedVotes, VoterGroup
 from feedback.annotators import krippendorff_alpha, side_bias
 from feedback.ballots import Ballots
 from feedback.crowd_bt import crowd_bradley_terry

@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 
-from contracts.disk import DiskFull, room
 from feedback.ballots import Ballots
 from feedback.formats import Layout, write_preferences, write_unpaired
 from feedback.simulate import Pair, Vote
 from feedback.store import asking, importing, judging, people, results
+from feedback.store.database import Database
 from feedback.store.importing import Truncate, chunks
 from feedback.store.judging import ImportedVote
 from feedback.store.records import (
@@ -30,19 +29,14 @@ from feedback.store.records import (
     Person,
     Progress,
     Receipt,
-    Refused,
     Source,
     TaskKind,
     Totals,
     check_text,
 )
 from feedback.store.results import DatasetQuery, DatasetVersion, Judged, Method
-from feedback.store.schema import ROWS_AT_ONCE, connect, insert_new, prompts, sqlstate, unreachable, waited_too_long
+from feedback.store.schema import ROWS_AT_ONCE, insert_new, prompts
 
-T = TypeVar("T")
-_ATTEMPTS = 5
-_AGAIN = ("40001", "40P01")  # PostgreSQL: two transactions that needed each other's locks; one was undone
-_DISK_FULL = "53100"
 KINDS: tuple[TaskKind, ...] = ("pair", "label", "rating", "thumbs", "correction")
 
 
@@ -69,15 +63,13 @@ class Store:
         now: Callable[[], float] = time.time,
         seed: int | None = None,
     ) -> None:
-        self._engine = connect(place, busy_s=busy_s)
-        self._writer = self._engine.execution_options(writes=True)
-        snapshots = {} if self._engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-        self._reader = self._engine.execution_options(**snapshots)
+        self._database = Database(place, busy_s=busy_s)
+        self._read, self._write = self._database.read, self._database.write
         self._now = now
         self._rng = random.SystemRandom() if seed is None else random.Random(seed)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     def __enter__(self) -> Store:
         return self
@@ -185,9 +177,7 @@ class Store:
     def delete_annotator(self, annotator_id: int) -> Gap:
         """Delete one person's data for good; a gap of counted judgments stays."""
         gap = self._write(lambda connection: people.forget(connection, annotator_id, now=self._now()))
-        if self._engine.dialect.name == "sqlite":
-            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")  # the log still had the deleted rows
+        self._database.forget_log()
         return gap
 
     def gaps(self) -> list[Gap]:
@@ -339,49 +329,3 @@ class Store:
     def import_votes(self, path: str | Path, *, voters: str) -> ImportReport:
         """Votes of a file on tasks that are here; `voters` says whose, before each name."""
         return self._write(lambda c: importing.import_votes(c, Path(path), voters=voters, now=self._now()))
-
-    def _read(self, work: Callable[[Connection], T]) -> T:
-        try:
-            with self._reader.begin() as connection:
-                return _checked(work, connection)
-        except OperationalError as error:
-            if unreachable(error):
-                raise _away() from error
-            raise
-
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        for attempt in range(_ATTEMPTS):
-            try:
-                with self._writer.begin() as connection:
-                    return _checked(work, connection)
-            except IntegrityError:
-                # PostgreSQL: another transaction was first with the same key or vote; the next look finds it.
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            except OperationalError as error:
-                if waited_too_long(error):
-                    raise Refused("busy", "others wrote for too long: try again") from error
-                if unreachable(error):
-                    raise _away() from error
-                if "disk is full" in str(error.orig):
-                    folder = Path(self._engine.url.database or ".").parent
-                    raise DiskFull(f"the store could not write: {room(folder)}") from error
-                if sqlstate(error) == _DISK_FULL:
-                    raise DiskFull("the store could not write: the disk of the database's server is full") from error
-                if sqlstate(error) not in _AGAIN or attempt == _ATTEMPTS - 1:
-                    raise
-        raise AssertionError("unreachable")
-
-
-def _away() -> Refused:
-    return Refused("busy", "the database does not answer: try again, a vote with the same idempotency key")
-
-
-def _checked(work: Callable[[Connection], T], connection: Connection) -> T:
-    """What no column takes, as an id say, is refused like everything else that is wrong."""
-    try:
-        return work(connection)
-    except UnicodeEncodeError as error:
-        raise Refused("bad_text", "half a surrogate pair is no text") from error
-    except (OverflowError, DataError) as error:  # DataError: PostgreSQL's way of saying so
-        raise Refused("bad_value", "a number of more than 64 bits") from error

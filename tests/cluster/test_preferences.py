@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.asking import Question, _through_the_store
-from contracts.config import SimulatedVotes
+from contracts.preferences import SimulatedVotes
 from feedback.quality import comparisons, dawid_skene
 from feedback.simulate import Pair, simulate_votes
 

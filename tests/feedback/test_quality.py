@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from contracts.config import SimulatedVotes, VoterGroup
+from contracts.preferences import SimulatedVotes, VoterGroup
 from feedback.ballots import Ballots
 from feedback.quality import (
     Aggregate,

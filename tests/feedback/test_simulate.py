@@ -5,7 +5,7 @@ from itertools import groupby
 
 import pytest
 
-from contracts.config import SimulatedVotes, VoterGroup
+from contracts.preferences import SimulatedVotes, VoterGroup
 from examples.judges import brevity, vader
 from feedback.simulate import Pair, Vote, simulate_votes
 

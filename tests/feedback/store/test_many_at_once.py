@@ -145,7 +145,7 @@ def test_one_vote_sent_eight_times_at_once_is_one(place: str):
 def test_a_writer_that_waits_too_long_is_told_so(tmp_path: Path):
     path = tmp_path / "feedback.db"
     with Store(path) as store, Store(path, busy_s=0.1) as hasty:
-        with store._writer.begin(), pytest.raises(Refused) as error:
+        with store._database.writer.begin(), pytest.raises(Refused) as error:
             hasty.register("anna")
         assert error.value.code == "busy"
         hasty.register("anna")

@@ -38,7 +38,7 @@ def test_what_was_written_is_there_after_opening_again(tmp_path: Path):
 
 
 def test_commits_are_synced_to_a_write_ahead_log(tmp_path: Path):
-    with Store(tmp_path / "feedback.db") as store, store._writer.begin() as connection:
+    with Store(tmp_path / "feedback.db") as store, store._database.writer.begin() as connection:
         settings = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
             for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")

@@ -15,7 +15,7 @@ def contents(store: Store, place: str) -> bytes:
     """Of all files of an SQLite store, free pages and log included; of a server, all rows of all tables."""
     if "://" not in place:
         return b"".join(path.read_bytes() for path in Path(place).parent.iterdir())
-    with store._reader.begin() as connection:
+    with store._database.reader.begin() as connection:
         return repr([connection.execute(table.select()).all() for table in metadata.sorted_tables]).encode()
 
 

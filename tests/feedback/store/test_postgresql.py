@@ -63,7 +63,7 @@ def test_a_lock_that_is_held_for_too_long_is_busy(url: str) -> None:
     with Store(url) as store, Store(url, busy_s=0.2) as hasty:
         anna, _ = store.register("anna")
         store.add_pairs(some_pairs(1), source="file", required_votes=1)
-        with store._writer.begin() as connection:
+        with store._database.writer.begin() as connection:
             connection.execute(annotators.update().values(active=True))
             with pytest.raises(Refused) as error:
                 hasty.next_task(anna)
@@ -135,7 +135,7 @@ def test_judgments_are_only_added(url: str) -> None:
             assert given is not None
             said = store.submit(anna, "q", Judgment(f"v{number}", choice="a"), lease_id=given.lease_id)
             store.undo(anna, said.judgment_id, idempotency_key=f"u{number}")
-        with store._reader.begin() as connection:
+        with store._database.reader.begin() as connection:
             rows = connection.execute(judgments.select().order_by(judgments.c.id)).all()
     assert [(row.act, row.revision, row.idempotency_key) for row in rows] == [
         ("vote", 0, "v0"), ("undo", 1, "u0"), ("vote", 2, "v1"),

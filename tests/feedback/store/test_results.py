@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contracts.config import ConfigError, SimulatedVotes, VoterGroup
+from contracts.config import ConfigError
+from contracts.preferences import SimulatedVotes, VoterGroup
 from contracts.records import Comparison
 from feedback.formats import read_preferences, read_unpaired, write_preferences
 from feedback.quality import dawid_skene, majority
@@ -37,7 +38,7 @@ def lines(path: Path, *rows: object) -> Path:
 
 def everything(store: Store) -> list[int]:
     tables = ("prompts", "responses", "tasks", "judgments", "annotators", "aggregate_runs", "aggregates")
-    with store._reader.begin() as connection:
+    with store._database.reader.begin() as connection:
         return [connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() for table in tables]
 
 
