@@ -47,7 +47,7 @@ _OUTPUT_DIR, _GRACE_S = "headrace_output_dir", "headrace_grace_s"  # in a job's 
 _STEP = re.compile(r"^step \d+/\d+.*$", re.MULTILINE)
 # Loggers of Ray's client: what they tell is told here, or nobody's business.
 _TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
-_SAID_GOODBYE = re.compile(r"^stopped .*$", re.MULTILINE)  # cli.how_to_continue
+_SAID_GOODBYE = re.compile(r"^stopped .*$", re.MULTILINE)  # how_to_continue
 
 
 class Jobs:

@@ -16,7 +16,7 @@ WITHOUT = {
     "actors/delivery.py _newest_keyframe: asked": "LearnerGroup.keyframe, which answers within deadlines.weights_s",
     "actors/placement.py look: ray.nodes()": "in a thread for which `missing` waits in answer()",
     "cluster/capacity.py capacity: ray.cluster_resources()": "in a thread for which launch.cluster waits in answer()",
-    "cluster/cli.py main: task": "the whole run",
+    "cluster/commands/until_signal.py main: task": "the whole run",
     "cluster/job.py another_worker: found": "room at a worker; pool.failure ends the run where none comes any more",
     "cluster/job.py next_lease: self._collector": "room at a worker; pool.failure ends the run where none comes",
     "cluster/job.py next_round: self._next_round": "the version that is being trained: deadlines.learn_s, weights_s",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import capacity
-from cluster.cli import how_to_continue
+from cluster.commands.until_signal import how_to_continue
 from cluster.outliving import check_served
 from cluster.preflight.run_folder import finished_checkpoints
 from cluster.train import Outcome

@@ -1,4 +1,4 @@
-"""`headrace annotator` and `headrace preferences`: who may label, and what came of it. Neither starts Ray."""
+"""`headrace label`, `annotator`, `preferences`: who may label, where, and what came of it. Only `label` needs Ray."""
 
 from __future__ import annotations
 
@@ -11,15 +11,38 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cluster.commands.arguments import ConfigArgument, OverridesArgument
+from cluster.commands.until_signal import run_until_signal
+from cluster.loopback import stay_on_loopback
+from contracts import loading as configuration
 from contracts.config import ConfigError
 
 if TYPE_CHECKING:
     from feedback.store import Store
 
-commands = typer.Typer()
 StoreOption = Annotated[
     str, typer.Option(metavar="FILE_OR_URL", help="the feedback store, as in labelling.store; a new file is made")
 ]
+
+
+def label(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Let people label: a page and an API where annotators compare responses. Votes go to `labelling.store`.
+
+    CONFIG needs a section `labelling` and no other; that of a run will do too. Annotators sign in with a token of
+    `headrace annotator`. `headrace preferences` makes a preference file of the votes. Ctrl-C or SIGTERM ends.
+    """
+    settings = configuration.load_labelling(config, overrides or ())
+    if settings.ray.address is None:
+        stay_on_loopback()
+    from cluster.label_command import check_labelling, label  # imports are slow, and `--help` should not be
+
+    job = check_labelling(settings)
+    from cluster.progress import Progress
+
+    with Progress(0) as progress:
+        _, received = run_until_signal(lambda stopping: label(job, progress, stopping))
+    if received is not None:
+        raise SystemExit(128 + received)
 
 
 @contextmanager
@@ -38,7 +61,6 @@ def opened(place: str, option: str, *, must_exist: bool) -> Iterator[Store]:
         raise ConfigError(f"{option}: {refused}") from refused
 
 
-@commands.command()
 def annotator(
     store: StoreOption,
     name: Annotated[
@@ -119,7 +141,6 @@ def _write_new(path: Path, text: str) -> None:
         raise ConfigError(f"--export {path}: cannot be written: {error.strerror}") from error
 
 
-@commands.command()
 def preferences(
     store: Annotated[str, typer.Argument(metavar="FILE_OR_URL", help="the feedback store")],
     to: Annotated[Path, typer.Option(metavar="FILE", help=".parquet, .jsonl, .jsonl.gz, or a new datasets folder")],
