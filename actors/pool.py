@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -22,14 +21,14 @@ from transformers import AutoConfig
 
 from actors.admission import BadRollout, check_rollout
 from actors.delivery import Delivery, Published, WeightsRefused
-from actors.line import Line
-from actors.mailbox import RolloutRequest, Started
-from actors.placement import missing
+from actors.mailbox import RolloutRequest
 from actors.rollout import RolloutActor
 from actors.roster import Roster, Used, WorkerCounts
+from actors.starting import Starter
+from actors.worker import NodeLeaves, Start, Worker, WorkerLost, cause_of
 from contracts.clock import BusyClock, now
 from contracts.config import DeadlinesConfig, ModelConfig
-from contracts.events import Event, first_line
+from contracts.events import Event
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import NoAnswer, answer
 from contracts.workers import RolloutConfig
@@ -38,45 +37,6 @@ from models.engine_adapters import AdapterSettings
 
 _FIRST_BACKOFF_S = 1.0
 _FREE_POLL_S = 0.02
-
-
-class WorkerLost(RuntimeError):
-    """A rollout actor died, went silent or had to leave while it held a request, which can be sent to another."""
-
-
-class NodeLeaves(RuntimeError):
-    """An actor came up on a node that is being drained."""
-
-
-@dataclass(eq=False)
-class Worker:
-    """One rollout actor as the pool sees it; `busy` runs while it holds requests.
-
-    `version` is the one it has proved. `update` runs while it is brought to a newer one. `node` is the address of its
-    machine, `node_id` Ray's id of it. `deaths` is how many died in its place since one there gave a response. `index`
-    is its place among `num_workers`, which a replacement takes over.
-    """
-
-    actor_id: str
-    handle: Any
-    version: int
-    line: Line
-    node: str = ""
-    node_id: str = ""
-    deaths: int = 0
-    index: int = 0
-    update: asyncio.Task[None] | None = None
-    busy: BusyClock = field(default_factory=BusyClock)
-    since: float = field(default_factory=now)
-
-
-@dataclass(eq=False)
-class Start:
-    """A worker on its way into the place `index`, pauses between attempts included."""
-
-    index: int
-    placed: bool = False  # on a node
-    task: asyncio.Task[None] | None = None
 
 
 class RolloutPool:
@@ -103,30 +63,38 @@ class RolloutPool:
         actor_class: Any = RolloutActor,
         repeatable: bool = False,
     ) -> None:
-        self._model = model
         self._config = config
         self._deadlines = deadlines
         self._path = path
         self._path_version = version
-        self._base_path = base_path
-        self._seed = seed
         self._vocabulary = 0  # read at the start
-        self._adapters = adapters
-        self._weights_key = weights_key
-        self._actor_class = actor_class
-        self._repeatable = repeatable
         self.on_change: Callable[[Event], None] = lambda event: None
         self.on_update: Callable[[], None] = lambda: None  # a worker serves a newer version
         self._delivery = Delivery(deadline_s=deadlines.weights_s)
         self._delivery.on_event = lambda event: self.on_change(event)
+        self._starter = Starter(
+            model,
+            config,
+            deadlines,
+            self._delivery,
+            path=path,
+            version=version,
+            seed=seed,
+            base_path=base_path,
+            adapters=adapters,
+            weights_key=weights_key,
+            actor_class=actor_class,
+            repeatable=repeatable,
+            on_event=lambda event: self.on_change(event),
+            on_lost=lambda worker, error: self._lose(worker, error),
+            num_working=lambda: len(self.workers),
+        )
         self._roster: Roster[Worker] = Roster(config.max_concurrent)
         self._target = config.num_workers
         self._starting: dict[Start, None] = {}  # in the order of their beginning
-        self._started = 0
         self._draining: set[Worker] = set()
         self._leaving: set[asyncio.Task[None]] = set()  # because there are too many
         self.cold_start_s = 0.0  # of the last that came up, the wait for a node included
-        self._leaving_nodes: set[str] = set()
         self.busy = BusyClock()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -352,7 +320,7 @@ class RolloutPool:
 
     async def drain_node(self, node_id: str, cause: str, deadline_s: float) -> None:
         """Drain all workers of a Ray node; others are started elsewhere, if anything else has room."""
-        self._leaving_nodes.add(node_id)
+        self._starter.leaving_nodes.add(node_id)
         leaving = [worker for worker in self.workers if worker.node_id == node_id]
         await asyncio.gather(*(self.drain(worker, cause=cause, deadline_s=deadline_s) for worker in leaving))
 
@@ -370,93 +338,16 @@ class RolloutPool:
 
     async def _start_worker(self, start: Start, *, cause: str = "", deaths: int = 0, must: bool = False) -> None:
         """`cause`: why another one is needed. `must`: give up where it has no node after `deadlines.start_s`."""
-        index, begun = start.index, now()
-        # Of a repeatable run every file is the same, however often a worker was replaced.
-        actor_id = f"rollout-{index if self._repeatable else self._started}"
-        self._started += 1
-        path, version, adapters = self._start_from()
-        handle = self._actor_class.options(
-            num_cpus=self._config.num_cpus,
-            num_gpus=self._config.num_gpus,
-            resources=self._config.resources,
-            **self._placement(),
-        ).remote(
-            actor_id,
-            self._model,
-            self._config,
-            path=path,
-            version=version,
-            adapters=adapters,
-            weights_key=self._weights_key,
-            repeatable=self._repeatable,
-        )
-        start.placed = False
-        try:
-            await self._placed(actor_id, handle, must=must)
-            start.placed = True
-            started: Started = await answer(
-                handle.start.remote(seed=self._seed),
-                who=f"rollout actor {actor_id}",
-                asked="start its engine",
-                deadline_s=self._deadlines.start_s,
-            )
-            node, node_id = started.node, started.node_id
-            if node_id in self._leaving_nodes:
-                raise NodeLeaves(f"rollout actor {actor_id} came up on node {node}, which is being drained")
-            line = Line(actor_id, handle, self._deadlines, node=node, on_lost=lambda error: self._lose(worker, error))
-            worker = Worker(actor_id, handle, started.version, line, node, node_id, deaths, index)
-            # Newest weights first: a fresh engine must never serve its initial ones as if they were current.
-            await self._delivery.bring_up_to_date(worker)
-        except BaseException as error:
-            ray.kill(handle)
-            if isinstance(error, Exception):
-                self.on_change(Event("start_failed", actor_id, cause_of(error), "it was killed"))
-            raise
-        line.open()
+        begun = now()
+        worker = await self._starter.bring_up(start, deaths=deaths, must=must)
+        worker.line.open()
         self._starting.pop(start, None)
         self._roster.add(worker)
         self.cold_start_s = now() - begun
-        self.on_change(
-            Event("restart" if cause else "start", actor_id, cause, f"serves version {worker.version}", node)
+        came = Event(
+            "restart" if cause else "start", worker.actor_id, cause, f"serves version {worker.version}", worker.node
         )
-
-    async def _placed(self, actor_id: str, handle: Any, *, must: bool) -> None:
-        """Wait for the actor's process, after `deadlines.place_s` aloud: for as long as others work, unless `must`.
-
-        Raises:
-            NoAnswer: it has no node after `deadlines.start_s`, and nobody works; says what is missing.
-        """
-        who, begun = f"rollout actor {actor_id}", now()
-        up, lacks = handle.__ray_ready__.remote(), ""
-        while True:
-            wait_s = min(self._deadlines.place_s, self._deadlines.start_s)
-            try:
-                await answer(up, who=who, asked="be placed on a node", deadline_s=wait_s)
-                return
-            except NoAnswer as error:
-                told, lacks = lacks, await self._what_is_missing()
-                if not told:
-                    working = f"{len(self.workers)} others work" if self.workers else "no other works yet"
-                    self.on_change(Event("pending", who, lacks, working))
-                if now() - begun >= self._deadlines.start_s and (must or not self.workers):
-                    raise NoAnswer(f"{who} {lacks}: no node took it in {now() - begun:.0f} s") from error
-
-    async def _what_is_missing(self) -> str:
-        asked = {"CPU": self._config.num_cpus, "GPU": self._config.num_gpus, **self._config.resources}
-        return await missing(asked, deadline_s=self._deadlines.nodes_s)
-
-    def _start_from(self) -> tuple[str, int, AdapterSettings | None]:
-        """The model folder, its version, and the adapters that a new actor begins with."""
-        if self._base_path is None or self._delivery.newest_version is None:
-            return self._path, self._path_version, self._adapters
-        return self._base_path, 0, replace(self._adapters, initial=None) if self._adapters else None
-
-    def _placement(self) -> dict[str, Any]:
-        """Away from nodes that are being drained, as long as anything else has room."""
-        if not self._leaving_nodes:
-            return {}
-        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(self._leaving_nodes))})"}
-        return {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": {}}]}
+        self.on_change(came)
 
     def _bring_up_to_date(self, worker: Worker) -> None:
         if worker.update is not None and not worker.update.done():
@@ -531,11 +422,6 @@ class RolloutPool:
         except (RayActorError, RayTaskError, NoAnswer) as error:
             self.on_change(Event("killed", worker.actor_id, cause_of(error), "it is gone", worker.node))
         ray.kill(worker.handle)
-
-
-def cause_of(error: Exception) -> str:
-    """As the cause of an event: of an error in another process the error itself, not where it was."""
-    return first_line(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _vocabulary_of(path: str) -> int:

@@ -16,10 +16,11 @@ from learner.checkpoint import Checkpoint
 from learner.experience_queue import ExperienceQueue, StalenessBound
 
 if TYPE_CHECKING:  # a simulation brings its own
-    from actors.pool import RolloutPool, Worker
+    from actors.pool import RolloutPool
     from actors.prompts import PromptStream
     from actors.reference import ReferenceModel
     from actors.reward import RewardComponents
+    from actors.worker import Worker
     from cluster.loop import Loop
     from cluster.progress import Progress
     from cluster.resume import Resumption

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from actors import replicas
-from actors.pool import WorkerLost
+from actors.worker import WorkerLost
 from cluster.evaluate import Evaluation, from_record, record
 from cluster.job import Job
 from cluster.leases import Lease

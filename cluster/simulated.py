@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.pool import WorkerLost
 from actors.reward import BadSample
 from actors.rollout import RolloutRequest
 from actors.roster import Roster, Used, WorkerCounts
+from actors.worker import WorkerLost
 from contracts.clock import BusyClock, now
 from contracts.events import Event
 from contracts.records import Prompt, Rollout, ScoredRollout, WeightsUpdate

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.admission import BadRollout
-from actors.pool import Worker
 from actors.reward import BadSample
+from actors.worker import Worker
 from cluster import nodes, recover, resume, reward_rollout, rounds, watch
 from cluster.application import Application
 from cluster.evaluate import compare, evaluate

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from actors.mailbox import RolloutRequest
-from actors.pool import RolloutPool, Worker
+from actors.pool import RolloutPool
+from actors.worker import Worker
 from benchmarks.cluster.paced_actor import PacedActor
 from cluster import nodes, train
 from cluster.metrics import StepClock

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from actors import pool as pool_module
-from actors.pool import RolloutPool, Worker, WorkerLost
+from actors.pool import RolloutPool
+from actors.worker import Worker, WorkerLost
 from contracts.config import Config
 from contracts.events import Event
 from contracts.records import Rollout

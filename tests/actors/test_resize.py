@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from actors.placement import Room, waits_for
-from actors.pool import RolloutPool, WorkerLost
+from actors.pool import RolloutPool
+from actors.worker import WorkerLost
 from contracts.config import Config
 from contracts.events import Event
 from contracts.records import Rollout
@@ -111,7 +112,8 @@ def test_a_worker_that_no_node_has_room_for_is_told_of_and_the_others_go_on(
     ray_session: Processes, tiny_config: Config, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def wait_in_vain(pool: RolloutPool) -> None:
-        monkeypatch.setattr(pool, "_config", pool._config.model_copy(update={"resources": NOWHERE}))
+        starter = pool._starter
+        monkeypatch.setattr(starter, "_config", starter._config.model_copy(update={"resources": NOWHERE}))
         pool.resize(2, cause="more")
         await until(lambda: [event for event in events if event.event == "pending"])
         await asyncio.sleep(1.5)  # past start_s: it waits on, and is told of once
@@ -123,7 +125,8 @@ def test_a_worker_that_no_node_has_room_for_is_told_of_and_the_others_go_on(
     events: list[Event] = []
     # The worker that is there starts in time: the deadline is lowered afterwards.
     with pool_of(tiny_config, run, events) as pool:
-        monkeypatch.setattr(pool, "_deadlines", pool._deadlines.model_copy(update={"start_s": 1.0}))
+        starter = pool._starter
+        monkeypatch.setattr(starter, "_deadlines", starter._deadlines.model_copy(update={"start_s": 1.0}))
         run(wait_in_vain(pool))
     (pending,) = [event for event in events if event.event == "pending"]
     assert pending.who == "rollout actor rollout-1"
