@@ -24,10 +24,10 @@ from contracts.config import ModelConfig
 from contracts.records import Rollout, WeightsUpdate
 from contracts.waiting import answer
 from contracts.workers import RolloutConfig
-from models.engine import Engine, Generation
+from models.engine import Engine
 from models.engine_adapters import AdapterSettings
 from models.engine_core import CoreWatch
-from models.engine_together import SamplingRequest
+from models.engine_requests import Generation, SamplingRequest
 from models.weight_stream import DeltaError, DeltaReceiver, read_tensors
 
 SENDER = "learner rank 0"

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,9 +22,10 @@ from torch import Tensor
 from models.engine_adapters import Adapter, AdapterSettings, EngineAdapters, vllm_arguments
 from models.engine_core import computed_s
 from models.engine_files import new_path, remove_leftovers
+from models.engine_requests import Generation, SamplingRequest, generation_of
 from models.engine_shadow import Shadow
 from models.engine_start import child_environment, sockets_folder, start_vllm
-from models.engine_together import SamplingRequest, add_while_paused, last_output
+from models.engine_together import add_while_paused, last_output
 from models.engine_update import RECOVERY_S, UpdateTimes, WeightsError, answer, exchange, resume_whole
 from models.engine_weights import ExpectedWeights, expected_weights
 
@@ -38,21 +38,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHUT_DOWN = "it was shut down"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One response. The three lists have one entry per token, sampled ones only: an EOS that
-    the policy sampled is the last token, a response cut at its limit has none.
-
-    `behavior_logprobs` are natural logs after temperature, under the weights named by
-    `weights_versions`. `finish_reason` is "stop" (EOS or a stop token), "length" or "abort".
-    """
-
-    response_tokens: list[int]
-    behavior_logprobs: list[float]
-    weights_versions: list[int]
-    finish_reason: str
 
 
 class Engine:
@@ -224,7 +209,7 @@ class Engine:
             self._running.add(running)
             running.add_done_callback(self._running.discard)
             try:
-                return _generation(await running, adapter)
+                return generation_of(await running, adapter)
             except VLLMValidationError as error:
                 raise ValueError(str(error)) from error
             except EngineDeadError as error:
@@ -261,7 +246,7 @@ class Engine:
                 outputs = iter(await self._together(waiting))
             except EngineDeadError as error:
                 raise self.died(error) from error
-            return [each if isinstance(each, ValueError) else _generation(next(outputs), adapter) for each in added]
+            return [each if isinstance(each, ValueError) else generation_of(next(outputs), adapter) for each in added]
 
     @property
     def shadow_tensors(self) -> Mapping[str, Tensor]:
@@ -560,17 +545,6 @@ class Engine:
 
     async def _answer(self, awaitable: Awaitable[T], call: str, expires: float) -> T:
         return await answer(self._llm, awaitable, call, expires)
-
-
-def _generation(output: CompletionOutput, adapter: Adapter | None) -> Generation:
-    tokens = list(output.token_ids)
-    logprobs = [choices[token].logprob for token, choices in zip(tokens, output.logprobs or [], strict=True) if choices]
-    versions: list[int] = []
-    for span in output.weight_versions or []:
-        versions += [adapter.version if adapter else int(span.version)] * (span.end - span.start)
-    # Short lists would shift log-probs or versions to other tokens.
-    assert len(tokens) == len(logprobs) == len(versions), (tokens, logprobs, versions)
-    return Generation(tokens, logprobs, versions, output.finish_reason or "abort")
 
 
 def _adapter_folder(version: int) -> Path:

@@ -1,47 +1,18 @@
-"""Requests to an engine, and many of them given to its core at once, so that its batches do not depend on timing."""
+"""Many requests given to an engine core at once, so that its batches do not depend on timing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.engine_requests import SamplingRequest
 from models.engine_update import answer
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, SamplingParams
+    from vllm import CompletionOutput
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
-
-
-@dataclass(frozen=True)
-class SamplingRequest:
-    """One response to sample; nothing but temperature shapes the distribution, 0 is greedy."""
-
-    request_id: str
-    prompt_tokens: list[int]
-    max_tokens: int
-    temperature: float
-    seed: int | None = None
-    stop_token_ids: list[int] | None = None
-
-    def params(self) -> SamplingParams:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-            stop_token_ids=self.stop_token_ids,
-            # Top-p and top-k would renormalise the log-probs; the trainer's are not.
-            top_p=1.0,
-            top_k=0,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
 
 async def add_while_paused(

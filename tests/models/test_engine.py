@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import engine_start
-from models.engine import Engine, Generation, WeightsError
+from models.engine import Engine, WeightsError
 from models.engine_files import WEIGHTS_FILE_PREFIX, remove_leftovers, weights_folder
+from models.engine_requests import Generation
 from tests.tiny import build_tiny_model
 
 T = TypeVar("T")

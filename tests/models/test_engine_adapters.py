@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from contracts.algorithm import LoraConfig
 from models import engine_adapters
 from models.adapters import adapter_shapes, layer_kinds, save_adapter, skeleton
-from models.engine import Engine, Generation, WeightsError
+from models.engine import Engine, WeightsError
 from models.engine_adapters import AdapterSettings
 from models.engine_files import WEIGHTS_FILE_PREFIX, weights_folder
+from models.engine_requests import Generation
 from tests.models.test_engine import (
     MAX_LOGPROB_ERROR,
     MEAN_LOGPROB_ERROR,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from models import engine_together
-from models.engine import Engine, Generation
-from models.engine_together import SamplingRequest
+from models.engine import Engine
+from models.engine_requests import Generation, SamplingRequest
 from tests.conftest import RunCoroutine
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import engine_start, engine_update
-from models.engine import Engine, Generation, UpdateTimes, WeightsError
+from models.engine import Engine, UpdateTimes, WeightsError
+from models.engine_requests import Generation
 from tests.models.test_engine import FAILING_WORKER, LoopThread, greedy, never, sample, until_running
 from tests.tiny import build_tiny_model
 
