@@ -57,13 +57,15 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """One component's score, or the reason why there is none; `std` is that of an ensemble's members."""
+    """One component's score, or the reason why there is none; `std` is that of an ensemble's members, `latent` how far
+    the response lies from what the reward model was trained on, where it knows that."""
 
     value: float
     error: str
     version: str
     replica: str
     std: float | None = None
+    latent: float | None = None
 
 
 class BadSample(ValueError):
@@ -73,11 +75,13 @@ class BadSample(ValueError):
 @dataclass(frozen=True)
 class Found:
     """What a replica makes of a batch: a score or the reason why there is none for each, the version that gave them,
-    and the members' standard deviations where an ensemble did."""
+    the members' standard deviations where an ensemble did, and distances from the training data where they are known.
+    """
 
     values: Sequence[float | str]
     version: str
     stds: Sequence[float] | None = None
+    latents: Sequence[float] | None = None
 
 
 class _Replica:
@@ -98,17 +102,20 @@ class _Replica:
 
     async def _scored(self, requests: list[ScoreRequest]) -> list[Score]:
         found = await asyncio.to_thread(self._scores, requests)
-        stds: Sequence[float | None] = found.stds if found.stds is not None else [None] * len(found.values)
-        return [self._reply(value, found.version, std) for value, std in zip(found.values, stds, strict=True)]
+        unknown = [None] * len(found.values)
+        stds: Sequence[float | None] = unknown if found.stds is None else found.stds
+        latents: Sequence[float | None] = unknown if found.latents is None else found.latents
+        each = zip(found.values, stds, latents, strict=True)
+        return [self._reply(value, found.version, std, latent) for value, std, latent in each]
 
     def _scores(self, requests: list[ScoreRequest]) -> Found:
         raise NotImplementedError
 
-    def _reply(self, value: float | str, version: str, std: float | None) -> Score:
+    def _reply(self, value: float | str, version: str, std: float | None, latent: float | None) -> Score:
         if isinstance(value, str):
             return Score(math.nan, value, version, self._name)
         error = "" if math.isfinite(value) else f"the score is {value}"
-        return Score(value, error, version, self._name, std)
+        return Score(value, error, version, self._name, std, latent)
 
 
 class ModelReplica(_Replica):
@@ -152,7 +159,7 @@ class ModelReplica(_Replica):
         dialogues = [[*request.messages, {"role": "assistant", "content": request.response}] for request in requests]
         scores = model.scores(dialogues)
         values = ensemble_rewards(scores.members, scores.std, **self._rule)
-        return Found(values, model.version, scores.std if model.num_members > 1 else None)
+        return Found(values, model.version, scores.std if model.num_members > 1 else None, scores.latent)
 
 
 class FunctionReplica(_Replica):
@@ -273,7 +280,8 @@ class RewardHandle:
         return versions[0]
 
 
-Reward = tuple[float, dict[str, float], str]  # the sum, components by name (NAME/std: of an ensemble), versions
+# The sum, components by name (NAME/std: of an ensemble, NAME/latent: distance from the training data), versions.
+Reward = tuple[float, dict[str, float], str]
 
 
 class RewardComponents:
@@ -325,6 +333,8 @@ class RewardComponents:
         for handle, score in zip(self._handles, scores, strict=True):
             if score.std is not None:
                 components[f"{handle.config.name}/std"] = score.std
+            if score.latent is not None:
+                components[f"{handle.config.name}/latent"] = score.latent
         return total, components, "+".join(score.version for score in scores)
 
 

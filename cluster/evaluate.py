@@ -123,7 +123,7 @@ def _values(
     if isinstance(gold, BadSample):
         return gold
     total, components, _ = reward
-    scores = {"reward": total} if len(components) > 1 else {}
+    scores = {"reward": total} if sum("/" not in name for name in components) > 1 else {}
     scores |= {f"reward/{name}": score for name, score in components.items()}
     scores |= {f"gold/{name}": score for name, score in gold[1].items()}
     return scores | {

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from contracts.section import NonNegativeInt, Positive, PositiveInt, Section
 
-AlarmName = Literal["disagreement", "held_out", "repetition", "sameness", "length", "outliers"]
+AlarmName = Literal["disagreement", "latent", "held_out", "repetition", "sameness", "length", "outliers"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -33,6 +33,9 @@ class WatchConfig(Section):
 
     reference_steps: PositiveInt = Field(default=5, description="the first steps, which later ones are compared with")
     disagreement: AlarmConfig | None = Field(default=AlarmConfig(), description="members of reward ensembles differ")
+    latent: AlarmConfig | None = Field(
+        default=AlarmConfig(), description="features far from those that the reward models were trained on"
+    )
     held_out: AlarmConfig | None = Field(
         default=AlarmConfig(), description="the reward runs ahead of the held-out ones: `rewards` of weight 0"
     )

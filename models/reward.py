@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers import logging as transformers_logging
 
 from models.bundled import resolve
+from models.latent import TypicalFeatures
 from models.reward_card import check_card, files_sha256, read_card
 
 Dialogue = list[dict[str, str]]
@@ -37,12 +38,15 @@ class Scores:
     """Scores of some dialogues and what stands behind them, all in the same units.
 
     `values` are what `RewardModel.score` returns, the means of `members` (of each dialogue, the score that every
-    member of the ensemble gives; a reward model by itself has one). `std` is their population deviation.
+    member of the ensemble gives; a reward model by itself has one). `std` is their population deviation. `latent` is
+    how far each dialogue's features lie from those of the training data, about 1 for one like these (models/latent.py);
+    None from a reward model that was saved without them.
     """
 
     values: list[float]
     members: list[list[float]]
     std: list[float]
+    latent: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class RewardModel:
     temperature: float
     version: str
     max_tokens: int
+    typical: TypicalFeatures | None
 
     @property
     def score_mean(self) -> float:
@@ -82,7 +87,7 @@ class RewardModel:
         Raises:
             ValueError: no such model, no tokenizer or chat template, another one than its card says, not a sequence
                 classification model over a decoder, weights (above all the score head) that the files do not hold,
-                or several heads, of which `head` names none.
+                several heads, of which `head` names none, or typical features of another width.
         """
         models = cls.load_heads(path, dtype=dtype, device=device, max_tokens=max_tokens)
         name = next(iter(models)) if head is None and len(models) == 1 else head
@@ -113,6 +118,7 @@ class RewardModel:
         model.to(device).eval()
         means, stds, temperatures = _normalisation(files, num_heads=len(heads), num_labels=len(heads) * members)
         version = files_sha256(files)[:12]
+        typical = TypicalFeatures.load(folder, hidden_size=model.score.in_features)
         found = {}
         for at, name in enumerate(heads):
             columns = tuple(range(at * members, (at + 1) * members))
@@ -127,6 +133,7 @@ class RewardModel:
                 temperature=temperatures[at] / stds[at],
                 version=version,
                 max_tokens=max_tokens,
+                typical=typical,
             )
         return found
 
@@ -143,15 +150,17 @@ class RewardModel:
         return self.scores(dialogues).values
 
     def scores(self, dialogues: Sequence[Dialogue]) -> Scores:
-        """The same, with the score of every member of the ensemble. Raises as `score`."""
+        """The same, with the score of every member of the ensemble, and distances. Raises as `score`."""
+        hidden_NH = self.features(dialogues)
         with torch.inference_mode():
-            raw_NK = head_scores(self.model, self.features(dialogues))[:, list(self.columns)].cpu()
+            raw_NK = head_scores(self.model, hidden_NH)[:, list(self.columns)].cpu()
+        latent = None if self.typical is None else self.typical.distances(hidden_NH.double().cpu().numpy()).tolist()
         members = [
             [(raw - mean) / self.score_std for raw, mean in zip(row, self.member_means, strict=True)]
             for row in raw_NK.tolist()
         ]
         values = [sum(row) / len(row) for row in members]
-        return Scores(values, members, [_population_std(row) for row in members])
+        return Scores(values, members, [_population_std(row) for row in members], latent)
 
     def features(self, dialogues: Sequence[Dialogue]) -> Tensor:
         """The hidden state [N, H] of each dialogue's last token, in float32: what the heads see. Raises as `score`."""

@@ -98,16 +98,23 @@ def check_models(config: Config) -> tuple[int | None, list[int | None]]:
         if component.model == "preferences":
             reward_models.append(trained)
         elif component.model is not None:
-            reward_models.append(_plain_model(component.model, f"rewards.{index}.model"))
+            reward_models.append(_reward_model(component.model, f"rewards.{index}.model"))
     for index, judge in enumerate(config.evaluation.judges):
         if judge.model not in (None, "preferences"):
-            _plain_model(str(judge.model), f"evaluation.judges.{index}.model")
+            _reward_model(str(judge.model), f"evaluation.judges.{index}.model")
     return policy, reward_models
 
 
 def _plain_model(path: str, field: str) -> int | None:
     folder = model_files.locate(path, field)
     return model_files.check_folder(folder, field, chat=False) if folder else None
+
+
+def _reward_model(path: str, field: str) -> int | None:
+    parameters = _plain_model(path, field)
+    if folder := model_files.locate(path, field):
+        model_files.check_typical_features(folder, field)
+    return parameters
 
 
 def read_prompts(config: Config) -> tuple[list[PromptRow], list[PromptRow]]:

@@ -14,6 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from contracts.config import ConfigError
 from models.bundled import BUNDLED, PREFIX, cached_folder
+from models.latent import TypicalFeatures
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -95,6 +96,16 @@ def check_same_tokens(policy: Path, other: Path, field: str) -> None:
             f"{field} {other}: its tokenizer differs from that of model.path {policy}, so it would read other text; "
             "take a critic of the same family"
         )
+
+
+def check_typical_features(folder: Path, field: str) -> None:
+    """Raises ConfigError where a reward model has those of another one beside it."""
+    hidden_size = _json_object(folder / "config.json", field).get("hidden_size")
+    if isinstance(hidden_size, int):
+        try:
+            TypicalFeatures.load(folder, hidden_size=hidden_size)
+        except ValueError as error:
+            raise ConfigError(f"{field} {error}") from error
 
 
 def _tokens(folder: Path, field: str) -> object:

@@ -20,6 +20,7 @@ from contracts.watch import WatchConfig
 from feedback.store import Store
 from feedback.store.records import Refused
 from learner import checkpoint as checkpoints
+from models.latent import FILE
 
 if TYPE_CHECKING:
     from cluster.job import Job
@@ -50,6 +51,9 @@ async def act(job: Job, seen: Seen, samples: Sequence[ScoredRollout]) -> None:
     if job.watch is None:
         return
     config = job.watch.config
+    if seen.latent_unknown:
+        who = ", ".join(sorted(job.watch.learned))
+        job.progress.note(f"no alarm `latent`: {who} came without {FILE}; a reward model trained anew has it")
     for name in seen.cleared:
         job.progress.note(f"alarm cleared: {name}")
         job.log.event(Event("alarm_cleared", name, "it is near the reference window again", "none"))

@@ -10,7 +10,7 @@ import numpy as np
 from cluster.watch.signals import Array, Observed
 
 # A signal that is the same in every response of the reference window has no deviation to measure a drift in.
-LEAST_DEVIATION = {"length": 1.0, "repetition": 0.02, "sameness": 0.02, "held_out": 0.05}
+LEAST_DEVIATION = {"length": 1.0, "repetition": 0.02, "sameness": 0.02, "held_out": 0.05, "latent": 0.02}
 _LEAST = 1e-3
 
 
@@ -60,7 +60,8 @@ def reference_of(window: Sequence[Observed]) -> Reference:
         {}, {}, 1, _moments(reward_B), _moments(np.concatenate(held_out)) if held_out else None, mean_F, precision_FF
     )
     by_batch = [measuring.signals(observed) for observed in window]
-    together = {name: np.concatenate([signals[name] for signals in by_batch]) for name in by_batch[0]}
+    known = [name for name in by_batch[0] if all(name in signals for signals in by_batch)]
+    together = {name: np.concatenate([signals[name] for signals in by_batch]) for name in known}
     return Reference(
         means={name: float(values.mean()) for name, values in together.items()},
         deviations={

@@ -16,7 +16,9 @@ from contracts.records import ScoredRollout
 
 Array = NDArray[np.float64]
 NGRAM = 3
-STD = "/std"  # ends the name of a reward component's disagreement among its ensemble
+# What ends the names of a reward component's disagreement among its ensemble, and of its distance from the data that it
+# was trained on. No component's own name has a slash.
+STD, LATENT = "/std", "/latent"
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ def observe(samples: Sequence[ScoredRollout], *, weights: Mapping[str, float]) -
         "sameness": sameness(tokens, groups),
     }
     everywhere = set.intersection(*(set(sample.reward_components) for sample in samples))
-    ensembles = sorted(name for name in everywhere if name.endswith(STD))  # one may come while a run goes on
-    if ensembles:
-        plain["disagreement"] = _scores(samples, ensembles).mean(axis=1)
-    scored = [name for name in samples[0].reward_components if not name.endswith(STD)]
+    for signal, ending in (("disagreement", STD), ("latent", LATENT)):
+        names = sorted(name for name in everywhere if name.endswith(ending))  # one may come while a run goes on
+        if names:
+            plain[signal] = _scores(samples, names).mean(axis=1)
+    scored = [name for name in samples[0].reward_components if "/" not in name]
     held_out = [name for name in scored if weights.get(name) == 0]
     references = np.array([np.mean(sample.reference_logprobs or [0.0]) for sample in samples])
     return Observed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,11 +31,13 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step has shown."""
+    """What a step has shown. `latent_unknown`: this closes a reference window, and no learned reward could say how far
+    its responses lie from what it was trained on, so that the alarm `latent` sees nothing."""
 
     row: dict[str, float]
     raised: tuple[Alarm, ...] = ()
     cleared: tuple[str, ...] = ()
+    latent_unknown: bool = False
 
 
 NOTHING = Seen({})
@@ -43,10 +45,12 @@ NOTHING = Seen({})
 
 @dataclass
 class Watch:
-    """Consumes the batch of every step, in order. `ended` is the alarm that ends the run."""
+    """Consumes the batch of every step, in order. `learned` are the reward components that are reward models; `ended`
+    is the alarm that ends the run."""
 
     config: WatchConfig
     weights: Mapping[str, float]
+    learned: Collection[str] = ()
     ended: Alarm | None = None
     _window: list[Observed] = field(default_factory=list)
     _reference: Reference | None = None
@@ -64,9 +68,12 @@ class Watch:
             self._reward_versions, self._window, self._reference = versions, [], None
         if self._reference is None:
             self._window.append(observed)
-            if len(self._window) >= self.config.reference_steps:
-                self._reference, self._window = reference_of(self._window), []
-            return Seen(self._row({name: float(values.mean()) for name, values in observed.plain.items()}, {}))
+            row = self._row({name: float(values.mean()) for name, values in observed.plain.items()}, {})
+            if len(self._window) < self.config.reference_steps:
+                return Seen(row)
+            self._reference, self._window = reference_of(self._window), []
+            wanted = bool(self.learned) and "latent" in self._triggers
+            return Seen(row, latent_unknown=wanted and "latent" not in self._reference.means)
         reference = self._reference
         signals = reference.signals(observed)
         drifts = {
@@ -116,4 +123,5 @@ def watch_of(config: Config) -> Watch | None:
     """The watch that a run's configuration asks for."""
     if config.watch is None:
         return None
-    return Watch(config.watch, {component.name: component.weight for component in config.rewards})
+    learned = [component.name for component in config.rewards if component.model is not None]
+    return Watch(config.watch, {component.name: component.weight for component in config.rewards}, learned)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.reward_model.examples import Example, TokenLabel, TokenPair
-from models.reward import head_scores, pad_right, raw_scores
+from models.reward import head_scores, last_hidden, pad_right
 
 MICRO_BATCH_TOKENS = 4096  # padded tokens that one forward pass may hold, more only for a single longer pair
 # Attention alone mixes tokens, and SDPA takes a mask [B, 1, T, T] as it is; other architectures get two rows a pair.
@@ -49,20 +49,31 @@ def micro_batches(examples: Sequence[SomeExample]) -> Iterator[list[int]]:
 
 def label_scores(model: Any, labels: Sequence[TokenLabel]) -> Tensor:
     """Raw scores [B, L] in float32."""
-    return raw_scores(model, *pad_right([label.tokens for label in labels]))
+    return head_scores(model, label_features(model, labels))
 
 
 def pair_scores(model: Any, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
     """Raw scores (chosen_BL, rejected_BL) in float32, equal to those of each dialogue by itself up to rounding."""
+    chosen_BH, rejected_BH = pair_features(model, pairs)
+    return head_scores(model, chosen_BH), head_scores(model, rejected_BH)
+
+
+def label_features(model: Any, labels: Sequence[TokenLabel]) -> Tensor:
+    """The heads' input [B, H]: hidden states of the last tokens."""
+    return last_hidden(model, *pad_right([label.tokens for label in labels]))
+
+
+def pair_features(model: Any, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+    """The heads' inputs (chosen_BH, rejected_BH)."""
     if not shares_prompts(model):
-        scores_2BL = raw_scores(model, *pad_right([p.chosen for p in pairs] + [p.rejected for p in pairs]))
-        return scores_2BL[: len(pairs)], scores_2BL[len(pairs) :]
+        hidden_2BH = last_hidden(model, *pad_right([p.chosen for p in pairs] + [p.rejected for p in pairs]))
+        return hidden_2BH[: len(pairs)], hidden_2BH[len(pairs) :]
     tokens_BT, positions_BT, allowed_BTT, ends_B2 = (x.to(model.device) for x in pack_pairs(pairs))
     hidden_BTH = model.base_model(
         input_ids=tokens_BT, position_ids=positions_BT, attention_mask=allowed_BTT[:, None], use_cache=False
     ).last_hidden_state
     rows_B = torch.arange(len(pairs), device=model.device)
-    return head_scores(model, hidden_BTH[rows_B, ends_B2[:, 0]]), head_scores(model, hidden_BTH[rows_B, ends_B2[:, 1]])
+    return hidden_BTH[rows_B, ends_B2[:, 0]], hidden_BTH[rows_B, ends_B2[:, 1]]
 
 
 def shares_prompts(model: Any) -> bool:

@@ -1,4 +1,7 @@
-"""A trained reward model on disk: bf16 weights, frozen normalisation and temperature, tokenizer, card."""
+"""A trained reward model on disk: bf16 weights, normalisation, temperature, typical features, tokenizer, card.
+
+N examples, B of them in a micro-batch, H hidden size, L rows of the score head.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from contracts.reward_model import RewardModelConfig
-from learner.reward_model.batches import label_scores, micro_batches, pair_scores
+from learner.reward_model.batches import label_features, micro_batches, pair_features
 from learner.reward_model.calibration import fit_temperature
 from learner.reward_model.examples import Example, TokenLabel, TokenPair
 from learner.reward_model.heads import Heads
 from learner.reward_model.network import adapter_kinds, round_to_bfloat16, take_adapters
 from models.adapters import save_adapter
-from models.reward import quiet_transformers
+from models.latent import LEAST_ROWS, TypicalFeatures
+from models.reward import head_scores, quiet_transformers
 from models.reward_card import CARD, SCHEMA_VERSION, template_sha256, tokenizer_sha256
 
-NORMALISATION_EXAMPLES = 64  # of the training set: their scores give score_mean and score_std
+# Of the training set: their scores give score_mean and score_std, their features what is typical. One more forward pass
+# over so few is little beside a training on enough of them.
+FROZEN_EXAMPLES = 128
+Hidden = list[tuple[list[int], Tensor]]  # micro-batches of one kind: their places, and features
 
 
 @torch.no_grad()
@@ -37,7 +45,8 @@ def save(
 ) -> None:
     """Write what transformers loads as a sequence classifier, and with LoRA adapter/ that PEFT loads over `base`.
 
-    Normalisation and temperatures are those of the rounded weights, the ones that will score.
+    Normalisation, temperatures and typical features (models/latent.py; with very few examples none are written) are
+    those of the rounded weights, the ones that will score.
 
     Raises:
         ValueError: a score that is not finite.
@@ -48,7 +57,9 @@ def save(
         save_adapter(folder / "adapter", adapter, config.lora, kinds, base=base, classifier=True)
     round_to_bfloat16(model)
     model.score.float()  # exact, and what scoring uses
-    means_L, stds_H = normalisation(model, trained_on, heads)
+    hidden = features(model, trained_on[:: max(1, len(trained_on) // FROZEN_EXAMPLES)][:FROZEN_EXAMPLES])
+    means_L, stds_H = normalisation(torch.cat([head_scores(model, each) for _, each in hidden]).cpu(), heads)
+    typical = typical_features(hidden)
     temperatures = [temperature(model, calibrated_on[name], heads, name) for name in heads.names]
     model.score.bfloat16()
     model.register_buffer("score_mean", means_L)
@@ -58,16 +69,16 @@ def save(
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if typical is not None:
+        typical.save(folder)
 
 
-def normalisation(model: Any, examples: Sequence[Example], heads: Heads) -> tuple[Tensor, Tensor]:
-    """Means [L] of raw scores on some of the examples, and deviations [heads] of the members' mean.
+def normalisation(scores_NL: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Means [L] of raw scores, and deviations [heads] of the members' mean.
 
     Raises:
         ValueError: a score that is not finite.
     """
-    sample = examples[:: max(1, len(examples) // NORMALISATION_EXAMPLES)][:NORMALISATION_EXAMPLES]
-    scores_NL = torch.cat([scores for _, scores in _scored(model, sample)]).cpu()
     if not torch.isfinite(scores_NL).all():
         bad = int((~torch.isfinite(scores_NL)).any(1).sum())
         raise ValueError(f"{bad} of {len(scores_NL)} training scores are not finite: the reward model cannot be used")
@@ -75,13 +86,22 @@ def normalisation(model: Any, examples: Sequence[Example], heads: Heads) -> tupl
     return scores_NL.mean(0), by_head_NH.std(0).clamp(min=1e-6)  # equal scores must not divide by 0
 
 
+def typical_features(hidden: Hidden) -> TypicalFeatures | None:
+    """Of both answers of a pair; None of too few."""
+    groups = [place for places, hidden_BH in hidden for place in places * (len(hidden_BH) // len(places))]
+    if len(groups) < LEAST_ROWS:
+        return None
+    features_NH = torch.cat([hidden_BH for _, hidden_BH in hidden]).double().cpu().numpy()
+    return TypicalFeatures.fit(features_NH, np.array(groups))
+
+
 def temperature(model: Any, examples: Sequence[Example], heads: Heads, name: str) -> float:
     """Of a head's mean raw scores; 1 where there is nothing to fit it on."""
     if not examples:
         return 1.0
     logits = [0.0] * len(examples)
-    for places, scores_BL in _scored(model, examples):
-        mean_B = scores_BL[:, heads.columns(name)].mean(1).tolist()
+    for places, hidden_BH in features(model, examples):
+        mean_B = head_scores(model, hidden_BH)[:, heads.columns(name)].mean(1).tolist()
         if isinstance(examples[places[0]], TokenPair):
             half = len(places)
             mean_B = [better - worse for better, worse in zip(mean_B[:half], mean_B[half:], strict=True)]
@@ -90,16 +110,16 @@ def temperature(model: Any, examples: Sequence[Example], heads: Heads, name: str
     return fit_temperature(logits, [example.probability for example in examples])
 
 
-def _scored(model: Any, examples: Sequence[Example]) -> list[tuple[list[int], Tensor]]:
-    """Micro-batches of one kind: their places, and raw scores, of pairs all chosen before all rejected."""
-    found = []
+def features(model: Any, examples: Sequence[Example]) -> Hidden:
+    """The heads' inputs by micro-batch, of pairs all chosen before all rejected."""
+    found: Hidden = []
     for kind in (TokenPair, TokenLabel):
         places = [place for place, example in enumerate(examples) if isinstance(example, kind)]
         some: list[Any] = [examples[place] for place in places]
         for part in micro_batches(some):
             rows = [some[at] for at in part]
-            scores = torch.cat(pair_scores(model, rows)) if kind is TokenPair else label_scores(model, rows)
-            found.append(([places[at] for at in part], scores))
+            hidden_BH = torch.cat(pair_features(model, rows)) if kind is TokenPair else label_features(model, rows)
+            found.append(([places[at] for at in part], hidden_BH))
     return found
 
 

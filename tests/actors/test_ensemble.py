@@ -61,14 +61,14 @@ def scripted(name: str, weight: float, *scores: Score) -> Scripted:
 
 async def test_disagreement_is_kept_beside_the_score_and_not_added_up():
     handles = [
-        scripted("helpful", 2.0, Score(1.5, "", "v1", "r", std=0.25), Score(2.0, "", "v1", "r", std=0.0)),
-        scripted("gold", 0.0, Score(7.0, "", "v2", "r"), Score(9.0, "", "v2", "r")),
+        scripted("helpful", 2.0, Score(1.5, "", "v1", "r", std=0.25), Score(2.0, "", "v1", "r", std=0.0, latent=1.5)),
+        scripted("gold", 0.0, Score(7.0, "", "v2", "r", latent=0.0), Score(9.0, "", "v2", "r")),
     ]
     prompt = Prompt("p", [1], "why", [{"role": "user", "content": "why"}])
     found = await RewardComponents(handles, deadline_s=1).score_together([(prompt, "a"), (prompt, "b")])
     assert found == [
-        (3.0, {"helpful": 1.5, "gold": 7.0, "helpful/std": 0.25}, "v1+v2"),
-        (4.0, {"helpful": 2.0, "gold": 9.0, "helpful/std": 0.0}, "v1+v2"),
+        (3.0, {"helpful": 1.5, "gold": 7.0, "helpful/std": 0.25, "gold/latent": 0.0}, "v1+v2"),
+        (4.0, {"helpful": 2.0, "gold": 9.0, "helpful/std": 0.0, "helpful/latent": 1.5}, "v1+v2"),
     ]
 
 

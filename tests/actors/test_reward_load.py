@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from ray import serve
@@ -15,6 +16,7 @@ from ray import serve
 from actors.reward import NotLoaded, RewardHandle, Score, ScoreRequest, deploy_reward
 from contracts.config import RewardConfig
 from contracts.workers import ReplicaConfig
+from models.latent import TypicalFeatures
 from models.reward import RewardModel
 from tests.command import Processes
 from tests.conftest import RunCoroutine
@@ -28,15 +30,20 @@ class Models:
     folders: list[Path]
     versions: list[str]
     scores: list[list[float]]  # of ANSWERS
+    latents: list[list[float] | None]
 
 
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("rewards")
     folders = [build_tiny_reward_model(root / str(seed), tiny_model, seed=seed) for seed in range(3)]
+    features_NH = np.random.default_rng(0).normal(size=(30, 128))
+    TypicalFeatures.fit(features_NH, np.arange(30)).save(folders[0])  # the others are from before there were any
     loaded = [RewardModel.load(str(folder), dtype="float32", max_tokens=64) for folder in folders]
     dialogues = [[*request.messages, {"role": "assistant", "content": request.response}] for request in requests()]
-    return Models(folders, [each.version for each in loaded], [each.score(dialogues) for each in loaded])
+    found = [each.scores(dialogues) for each in loaded]
+    versions = [each.version for each in loaded]
+    return Models(folders, versions, [each.values for each in found], [each.latent for each in found])
 
 
 def requests() -> list[ScoreRequest]:
@@ -65,11 +72,13 @@ async def score(handle: RewardHandle, rounds: int) -> list[Score]:
 
 
 def check(scores: list[Score], models: Models, allowed: set[int]) -> set[str]:
-    """Each score is that of the version that it names; the replicas that gave them."""
+    """Each score and distance is that of the version that it names; the replicas that gave them."""
     by_version = dict(zip(models.versions, models.scores, strict=True))
     for at, each in enumerate(scores):
         assert each.version in {models.versions[number] for number in allowed}
         assert each.value == pytest.approx(by_version[each.version][at % len(ANSWERS)], abs=1e-3)
+        latents = models.latents[models.versions.index(each.version)]
+        assert each.latent == (None if latents is None else pytest.approx(latents[at % len(ANSWERS)], rel=1e-3))
     return {each.replica for each in scores}
 
 
@@ -82,6 +91,7 @@ def test_scores_go_on_and_each_names_its_version(handle: RewardHandle, run: RunC
         return during, loading.result(), await score(handle, 10)
 
     assert len(check(run(score(handle, 10)), models, {0})) == 2
+    assert [latents is None for latents in models.latents] == [False, True, True]
     during, versions, after = run(change())
     assert versions == (models.versions[0], models.versions[1])
     check(during, models, {0, 1})

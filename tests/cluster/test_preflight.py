@@ -7,12 +7,14 @@ import sys
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 from cluster.doctor import machine
 from cluster.preflight import capacity, check, model_files
 from contracts.config import ConfigError
 from contracts.loading import dump, validate
+from models.latent import TypicalFeatures
 
 
 def write_model(folder, *, parameters=1000, template=True, positions=2048):
@@ -165,6 +167,20 @@ def test_reward_models_need_no_chat_template_but_weights(run, tmp_path):
     check(config)
     (reward_model / "model.safetensors").unlink()
     assert refusal(config).startswith("rewards.0.model ")
+
+
+def test_typical_features_of_another_model_are_refused(run, tmp_path):
+    reward_model = write_model(tmp_path / "reward", template=False)
+    config = run(rewards=[{"name": "rm", "model": str(reward_model)}])
+    TypicalFeatures.fit(np.random.default_rng(0).normal(size=(20, 8)), np.arange(20)).save(reward_model)
+    check(config)  # its config.json does not say how wide it is
+    for hidden_size in (8, 9):
+        (reward_model / "config.json").write_text(json.dumps({"hidden_size": hidden_size}))
+        if hidden_size == 8:
+            check(config)
+    assert refusal(config).startswith(
+        f"rewards.0.model {reward_model / 'latent.safetensors'}: is of 8 features, this model"
+    )
 
 
 def test_judges_and_reward_model_bases_are_checked_too(run, tmp_path):

@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -21,6 +23,7 @@ from learner.reward_model import RewardModelReport, accuracy, saving, train_rewa
 from learner.reward_model.examples import dialogue, examples
 from learner.reward_model.heads import Heads, prompts_drawn
 from learner.reward_model.network import pad_apart_from_eos
+from models.latent import FILE, TypicalFeatures
 from models.reward import RewardModel, raw_scores
 from tests.tiny import build_tiny_model, build_tiny_tokenizer
 
@@ -155,6 +158,39 @@ def test_transformers_scores_padded_rows_as_we_do(two_heads: tuple[RewardModelRe
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
+def test_it_knows_what_it_was_trained_on(two_heads: tuple[RewardModelReport, Path], tmp_path: Path) -> None:
+    folder = two_heads[1]
+    warm, cold = (RewardModel.load(str(folder), max_tokens=128, head=head) for head in ("warm", "cold"))
+    rows = opposite_tastes(400)[360:]
+    unseen = [dialogue(row.prompt, text) for row in rows for text in (row.chosen, row.rejected)]
+    draw = random.Random(99)
+    other = [dialogue(row.prompt, "".join(draw.choices("{}#@%&*<>", k=30))) for row in rows]
+    usual, strange = warm.scores(unseen).latent, warm.scores(other).latent
+    assert usual is not None
+    assert strange is not None
+    assert sum(usual) / 80 == pytest.approx(1.0, abs=0.2)
+    assert sum(strange) / 40 > 1.5
+    assert cold.scores(unseen).latent == pytest.approx(usual), "heads share the trunk"
+
+    old = tmp_path / "old"  # from before there was such a file
+    shutil.copytree(folder, old)
+    (old / FILE).unlink()
+    without = RewardModel.load(str(old), max_tokens=128, head="warm")
+    assert without.scores(unseen[:2]).latent is None
+    assert (without.version, without.score(unseen)) == (warm.version, warm.score(unseen))
+
+    TypicalFeatures.fit(np.random.default_rng(0).normal(size=(20, 64)), np.arange(20)).save(old)
+    with pytest.raises(ValueError, match=r"old/latent\.safetensors: is of 64 features, this model has 128; put back"):
+        RewardModel.load(str(old), max_tokens=128, head="warm")
+
+
+def test_a_handful_of_answers_is_not_called_typical(base: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"epochs": 1})
+    train_reward_model(opposite_tastes(8), config, base=str(base), output_dir=tmp_path / "few", seed=1, threads=1)
+    assert not (tmp_path / "few" / FILE).exists()
+    assert RewardModel.load(str(tmp_path / "few"), max_tokens=128).typical is None
+
+
 def test_the_temperature_is_saved_and_loaded(two_heads: tuple[RewardModelReport, Path]) -> None:
     report, folder = two_heads
     saved = load_file(folder / "model.safetensors")
@@ -220,7 +256,9 @@ def test_scores_that_are_not_finite_are_never_saved(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        saving, "_scored", lambda model, sample: [([0, 1], torch.tensor([[0.0], [math.nan], [1.0], [2.0]]))]
+        saving,
+        "features",
+        lambda model, sample: [([0, 1], torch.tensor([0.0, math.nan, 1.0, 2.0])[:, None].repeat(1, 128))],
     )
     with pytest.raises(ValueError, match="1 of 4 training scores are not finite"):
         train_reward_model(opposite_tastes(20), CONFIG, base=str(base), output_dir=tmp_path / "reward", seed=0)

@@ -29,6 +29,7 @@ def batch(
     length: float = 40.0,
     repeated: float = 0.0,
     std: float = 0.2,
+    latent: float | None = None,
     groups: int = 16,
     per_group: int = 2,
 ) -> list[ScoredRollout]:
@@ -43,6 +44,8 @@ def batch(
             "gold": held_out + 10 * (hard + 0.3 * rng.normal()),
             "proxy/std": max(0.0, std + 0.05 * rng.normal()),
         }
+        if latent is not None:
+            components["proxy/latent"] = max(0.0, latent + 0.2 * rng.normal())
         group = f"group-{number // per_group}"
         samples.append(response(tokens, group, components, reward=components["proxy"], number=number))
     return samples

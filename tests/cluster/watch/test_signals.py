@@ -23,11 +23,23 @@ def test_sameness_counts_other_prompts_only():
 
 def test_a_batch_is_observed():
     samples = [
-        response([1, 2, 3], "a", {"proxy": 2.0, "proxy/std": 0.5, "gold": 7.0}, reward=2.0),
-        response([1, 2, 3, 4], "b", {"proxy": 4.0, "proxy/std": 1.5, "gold": 5.0}, reward=4.0),
+        response(
+            [1, 2, 3],
+            "a",
+            {"proxy": 2.0, "proxy/std": 0.5, "proxy/latent": 1.0, "gold": 7.0, "gold/latent": 2.0},
+            reward=2,
+        ),
+        response(
+            [1, 2, 3, 4],
+            "b",
+            {"proxy": 4.0, "proxy/std": 1.5, "proxy/latent": 3.0, "gold": 5.0, "gold/latent": 1.0},
+            reward=4,
+        ),
     ]
     seen = observe(samples, weights={"proxy": 1.0, "gold": 0.0})
     assert seen.plain["disagreement"].tolist() == [0.5, 1.5]
+    assert seen.plain["latent"].tolist() == [1.5, 2.0]
+    assert seen.features_BF.shape == (2, 4), "two scores, length and reference: what stands behind a score is none"
     assert seen.plain["length"].tolist() == [3.0, 4.0]
     assert seen.reward_B.tolist() == [2.0, 4.0]
     assert seen.held_out_B is not None
@@ -35,7 +47,7 @@ def test_a_batch_is_observed():
     assert seen.num_groups == 2
     alone = observe([response([1], "a", {"proxy": 1.0}, reward=1.0)], weights={"proxy": 1.0})
     assert alone.held_out_B is None
-    assert "disagreement" not in alone.plain
+    assert not {"disagreement", "latent"} & set(alone.plain)
 
 
 def test_distances_are_those_of_the_definition():

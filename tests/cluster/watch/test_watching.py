@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ WEIGHTS = {"proxy": 1.0, "gold": 0.0}
 def seen_in(watch: Watch, steps: int, *, seed: int = 0, first: int = 1, **changes) -> list[Seen]:
     """`changes` grow by that much a step."""
     rng = np.random.default_rng(seed)
-    usual = {"length": 40.0, "std": 0.2}
+    usual = {"length": 40.0, "std": 0.2, "latent": 1.0}
     return [
         watch.step(first + at, batch(rng, **{name: usual.get(name, 0.0) + by * at for name, by in changes.items()}))
         for at in range(steps)
@@ -54,21 +55,23 @@ def test_what_noise_explains_is_no_alarm():
         ({"repeated": 0.08}, "repetition"),
         ({"repeated": 0.08}, "sameness"),
         ({"std": 0.02}, "disagreement"),
+        ({"latent": 0.1}, "latent"),
         ({"reward": 0.4}, "held_out"),
         ({"reward": 0.4}, "outliers"),
     ],
 )
 def test_each_alarm_sees_what_it_is_for(change, name):
     watch = Watch(WatchConfig(), WEIGHTS)
-    seen_in(watch, 5)
+    still: dict[str, Any] = dict.fromkeys(change, 0.0)
+    seen_in(watch, 5, **still)
     alarms = [alarm for seen in seen_in(watch, 12, first=6, seed=1, **change) for alarm in seen.raised]
     raised = {alarm.name: alarm for alarm in alarms}
     assert name in raised
     assert 6 <= raised[name].onset < raised[name].step <= 17
     if "length" in change:
         assert set(raised) <= {"length", "outliers"}
-    if "std" in change:
-        assert set(raised) == {"disagreement"}
+    if "std" in change or "latent" in change:
+        assert set(raised) == {name}
 
 
 def test_a_policy_that_stays_raises_nothing():
