@@ -40,6 +40,7 @@ PROXY, GOLD, HELD_OUT = "proxy", "gold", "held_out"
 CONTROL = "gold itself"
 ENSEMBLES = ("mean", "minimum", "mean_minus_std")
 RULES = ("single", *ENSEMBLES)
+STOP_S = 900.0
 MAY_DIFFER = ("output_dir", "resume", "steps", "checkpoint.every_steps")  # the steps that are asked for are read
 
 
@@ -177,8 +178,9 @@ def headrace(command: str, config: dict[str, Any], path: Path, *, resume: bool) 
     process = subprocess.Popen(call, stdout=sys.stderr, cwd=ROOT)
     try:
         status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it was told too, and writes a checkpoint
+    except (KeyboardInterrupt, SystemExit):
+        process.terminate()  # it writes a checkpoint, and its Ray ends with it
+        process.wait(STOP_S)
         raise
     if status:
         raise SystemExit(f"{path}: headrace {command} ended with status {status}; see above")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def overoptimise(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"--keep {keep}: is not empty; --resume-from goes on with what is there")
     if resumed is not None and not resumed.is_dir():
         raise SystemExit(f"--resume-from {resumed}: no such folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a run that goes on is told
     with tempfile.TemporaryDirectory(prefix="headrace-") as temporary:
         found = climbs(arguments, resumed or keep or Path(temporary))
     sys.stdout.writelines(f"{line}\n" for line in report(found))
@@ -105,6 +107,9 @@ def _alarms(found: Sequence[Climb], turns: dict[tuple[str, int], Turn]) -> Itera
         counts = f"{len(leads) - len(early)} | {len(turned) - len(leads)} | {false} | {of_control}"
         yield f"| {name} | {len(early)} | {lead} | {counts} |"
     yield ""
+    if not any(climb.alarms for climb in found):
+        yield "None was raised."
+        return
     yield "| alarm | trained on | seed | first raised in step | at KL | lead in steps |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     for name in names:
