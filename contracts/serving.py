@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from contracts.section import FunctionPath, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
-from contracts.workers import WorkerConfig
+from contracts.workers import EngineConfig
 
 _RUNNING_ON_GPU, _RUNNING_ON_CPU, _RUNNING_A_THREAD = 256, 128, 16
 _FOLLOW = re.compile(r"latest|pinned:\d+|every:[1-9]\d*")
@@ -28,7 +28,7 @@ def suited_running(num_gpus: float, threads: int | None) -> int:
     return min(_RUNNING_A_THREAD * (threads or len(os.sched_getaffinity(0))), _RUNNING_ON_CPU)
 
 
-class EngineReplicaConfig(WorkerConfig):
+class EngineReplicaConfig(EngineConfig):
     """The serving replicas: one vLLM engine each. Ray Serve adds and removes them between the two bounds."""
 
     min_replicas: PositiveInt = 1
@@ -39,7 +39,6 @@ class EngineReplicaConfig(WorkerConfig):
         description="requests that one engine works on at once; default: 256 on a GPU, else 16 a compute thread, at "
         "most 128",
     )
-    tensor_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
 

@@ -22,6 +22,22 @@ class WorkerConfig(Section):
     )
 
 
+class EngineConfig(WorkerConfig):
+    """What one vLLM engine gets. Its processes, one a GPU, share a machine."""
+
+    tensor_parallel_size: PositiveInt = Field(default=1, description="GPUs that one engine spans, on one machine")
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_process(self) -> Self:
+        gpus, processes = self.num_gpus, self.tensor_parallel_size
+        if gpus and max(gpus, processes) > 1 and gpus != processes:
+            raise ValueError(
+                f"num_gpus is {gpus:g} and tensor_parallel_size {processes}: an engine uses as many GPUs as it has "
+                "processes, so give both the same number"
+            )
+        return self
+
+
 class AutoscaleConfig(Section):
     """Rollout workers come and go with the work: no more than the learner needs, and `max_lag_steps` lets work."""
 
@@ -43,12 +59,11 @@ class AutoscaleConfig(Section):
         return self
 
 
-class RolloutConfig(WorkerConfig):
+class RolloutConfig(EngineConfig):
     """Rollout actors: one vLLM engine each."""
 
     num_workers: PositiveInt = Field(default=1, description="with autoscale: those that the run begins with")
     autoscale: AutoscaleConfig | None = Field(default=None, description="default: always num_workers")
-    tensor_parallel_size: PositiveInt = 1
     max_concurrent: PositiveInt = Field(default=64, description="responses that one engine works on at once")
     max_deaths_in_a_row: NonNegativeInt = Field(
         default=3, description="in one worker's place, with no response in between, before the run stops"

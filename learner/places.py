@@ -88,7 +88,8 @@ class Places:
 
 
 def one_node_has_room(bundle: Mapping[str, float], size: int) -> bool:
-    """Whether a single node has `size` times that free. Asks Ray; blocking."""
-    free = ray_state.available_resources_per_node()
-    rooms = [free.get(row["NodeID"], {}) for row in ray.nodes() if row["Alive"]]
+    """Whether a single node that stays has `size` times that free. Asks Ray; blocking."""
+    # Ray places nothing on a node that is being drained: counted, its room would be waited for in vain.
+    free, leaving = ray_state.available_resources_per_node(), ray_state.get_draining_nodes()
+    rooms = [free.get(row["NodeID"], {}) for row in ray.nodes() if row["Alive"] and row["NodeID"] not in leaving]
     return any(all(room.get(name, 0.0) >= size * amount - _SLACK for name, amount in bundle.items()) for room in rooms)

@@ -65,10 +65,14 @@ class NodeCluster:
         """All but the head, oldest first."""
         return list(self._nodes)
 
-    def add(self, *, num_cpus: int, resources: dict[str, float]) -> str:
-        """A new node; returns its id."""
+    def add(self, *, num_cpus: int, resources: dict[str, float], num_gpus: int = 0) -> str:
+        """A new node; returns its id. Ray believes in GPUs that it claims."""
         node = self._cluster.add_node(
-            num_cpus=num_cpus, resources=resources, object_store_memory=_STORE_BYTES, node_ip_address="127.0.0.1"
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            resources=resources,
+            object_store_memory=_STORE_BYTES,
+            node_ip_address="127.0.0.1",
         )
         self._nodes[node.node_id] = node
         return str(node.node_id)

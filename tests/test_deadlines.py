@@ -14,7 +14,7 @@ _CHANGING = "a lock held for work on files of this process, not for an answer of
 # which itself waits with a deadline, or for what is meant to last as long as the run.
 WITHOUT = {
     "actors/delivery.py _newest_keyframe: asked": "LearnerGroup.keyframe, which answers within deadlines.weights_s",
-    "actors/placement.py look: ray.nodes()": "in a thread for which `missing` waits in answer()",
+    "actors/placement.py look: ray.nodes()": "in a thread for which `missing`, or launch.cluster, waits in answer()",
     "cluster/capacity.py capacity: ray.cluster_resources()": "in a thread for which launch.cluster waits in answer()",
     "cluster/commands/until_signal.py main: task": "the whole run",
     "cluster/job.py another_worker: found": "room at a worker; pool.failure ends the run where none comes any more",

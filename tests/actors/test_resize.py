@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.placement import Room, waits_for
+from actors.placement import Cluster, Room, waits_for
 from actors.pool import RolloutPool
 from actors.worker import WorkerLost
 from contracts.config import Config
@@ -188,4 +188,26 @@ FULL = Room({"CPU": 8.0, "GPU": 2.0, "rollout": 4.0}, {"CPU": 8.0, "rollout": 2.
 def test_what_is_missing_in_words(
     asked: dict[str, float], rooms: list[Room], may_start: dict[str, float], words: str
 ) -> None:
-    assert waits_for(asked, rooms, may_start) == words
+    assert waits_for(asked, Cluster(rooms, may_start=may_start)) == words
+
+
+FOUR = {"CPU": 1.0, "GPU": 4.0}
+TWO = Room({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [
+        (Cluster([TWO, TWO]), "waits for 4 GPU on one node; no node is that large: 2 GPU at most"),
+        (
+            Cluster([TWO, Room({"CPU": 0.5, "GPU": 4.0}, {})]),
+            "waits for 4 GPU on one node; no node is that large: 8 CPU, 4 GPU at most",
+        ),
+        (
+            Cluster([TWO, TWO], kinds=[{"CPU": 4.0, "GPU": 4.0}], may_start={"CPU": 8.0, "GPU": 8.0}),
+            "waits for 4 GPU on a node; 2 free, limit 8",
+        ),
+    ],
+)
+def test_a_worker_that_is_too_large_for_any_node_is_told_so(cluster: Cluster, words: str) -> None:
+    assert waits_for(FOUR, cluster) == words

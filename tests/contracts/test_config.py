@@ -116,6 +116,15 @@ def test_a_wrong_type_is_named(tmp_path, changes, start):
         ),
         ({"rollout": {"autoscale": {"min_workers": 1}}}, "rollout.autoscale.max_workers: "),
         (
+            {"rollout": {"num_gpus": 1, "tensor_parallel_size": 4}},
+            "rollout: num_gpus is 1 and tensor_parallel_size 4: an engine uses as many GPUs as it has processes",
+        ),
+        (
+            {"serving": {"replicas": {"num_gpus": 2}}},
+            "serving.replicas: num_gpus is 2 and tensor_parallel_size 1: an engine uses as many GPUs as it has",
+        ),
+        ({"rollout": {"num_gpus": 0.5, "tensor_parallel_size": 2}}, "rollout: num_gpus is 0.5 and tensor_parallel_"),
+        (
             {"deterministic": True, "model": {"path": "m", "dtype": "float32"}},
             "deterministic: true needs model.dtype bf",
         ),
