@@ -12,6 +12,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
@@ -29,7 +30,7 @@ from contracts.labelling import LabellingConfig
 from contracts.stopping import StopRequest
 from contracts.waiting import NoAnswer, answer
 from feedback.formats import stream_preferences
-from feedback.sampling import variety, without_near_duplicates
+from feedback.sampling import plan_to_predict, variety, without_near_duplicates
 from feedback.store import Candidate, ImportReport, Refused, Store, Written
 from feedback.store.database import absolute, file_of
 from serving.labelling import build
@@ -120,7 +121,10 @@ def _gold(path: Path, dropped: Counter[str]) -> Iterator[Candidate]:
 
 
 def _ordered(found: Iterator[Candidate], labelling: LabellingConfig, dropped: Counter[str]) -> Iterator[Candidate]:
-    """With the scores that put them in the order of `labelling.asking`, without too many of a kind."""
+    """With the scores that put them in the order of `labelling.asking`, without too many of a kind.
+
+    `varied` and `to_predict` look at so many pairs at once as are read at once: no more of a long file is in memory.
+    """
     if labelling.near_duplicates is not None:
         every = list(found)
         texts = [f"{one.prompt}\n{one.first.text}\n{one.second.text}" for one in every]
@@ -129,8 +133,12 @@ def _ordered(found: Iterator[Candidate], labelling: LabellingConfig, dropped: Co
         found = iter([every[index] for index in kept])
     number = 0
     while part := list(islice(found, _AT_ONCE)):
+        first, second = [one.first.text for one in part], [one.second.text for one in part]
         if labelling.asking == "varied":
-            scores = variety([one.first.text for one in part], [one.second.text for one in part]).tolist()
+            scores = variety(first, second).tolist()
+        elif labelling.asking == "to_predict":
+            places = np.argsort(plan_to_predict(first, second))
+            scores = [-float(number + place) for place in places]
         elif labelling.asking == "random":
             scores = [_lot(one, labelling.seed) for one in part]
         else:

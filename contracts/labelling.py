@@ -57,8 +57,10 @@ class LabellingConfig(Section):
         default=None, description="preference file whose `chosen` is known to be better: checks of annotators"
     )
     gold_rate: Fraction = Field(default=0.1, description="share of tasks that are checks with a known answer")
-    asking: Literal["as_given", "random", "varied"] = Field(
-        default="random", description="which pair comes next: in the order of the source, by lot, or the least alike"
+    asking: Literal["as_given", "random", "varied", "to_predict"] = Field(
+        default="random",
+        description="which pair comes next: in the order of the source, by lot, the least alike, or those whose labels "
+        "together tell a model of the texts most about the others",
     )
     near_duplicates: PositiveInt | None = Field(
         default=None, description="of pairs much like each other, so many become tasks; default: all"

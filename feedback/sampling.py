@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from feedback.text_features import text_differences
+
 _PRIME = (1 << 31) - 1
+PRIOR_PRECISION = 100.0  # of each weight, on features of deviation 1; of benchmarks.feedback asking
 
 
 def ask_at_random(num_pairs: int, count: int, *, seed: int) -> NDArray[np.intp]:
@@ -127,6 +130,17 @@ def ask_to_predict(
         spread_PD -= np.outer(share_P, direction_D)
         towards_PD -= np.outer(share_P, direction_D @ target_DD)
     return np.array(chosen, dtype=np.intp)
+
+
+def plan_to_predict(first: Sequence[str], second: Sequence[str]) -> NDArray[np.intp]:
+    """All pairs in the order of `ask_to_predict`, from their texts alone, before anybody has said anything.
+
+    Every probability is one half. What a label takes off the covariance does not depend on what it says then, so this
+    is also the order that batches would have, each planned when the one before it was labelled.
+    """
+    features_PD = text_differences(first, second)
+    count, dimensions = features_PD.shape
+    return ask_to_predict(features_PD, np.full(count, 0.5), np.eye(dimensions) / PRIOR_PRECISION, count)
 
 
 def prompts_that_vary(scores_PS: NDArray[np.float64], count: int) -> NDArray[np.intp]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import itertools
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from benchmarks.feedback.intervals import Array, interval, sigmoid
 from feedback.formats import read_preferences
 from feedback.quality import dawid_skene
 from feedback.sampling import (
+    PRIOR_PRECISION,
     ask_at_random,
     ask_to_predict,
     ask_uncertain,
@@ -27,8 +26,9 @@ from feedback.sampling import (
     laplace_covariance,
     variety,
 )
+from feedback.text_features import text_differences
 
-MEMBERS, BATCH, DIMENSIONS = 16, 32, 32
+MEMBERS, BATCH = 16, 32
 
 
 @dataclass
@@ -176,7 +176,7 @@ def harmless_pairs(data: Path) -> tuple[list[str], list[str], list[str], Array, 
         [pair.prompt for pair in pairs],
         text_differences(chosen, rejected),
         np.ones(len(pairs)),
-        100.0,
+        PRIOR_PRECISION,
     )
 
 
@@ -197,22 +197,3 @@ def crowd_pairs(data: Path) -> tuple[list[str], list[str], list[str], Array, Arr
 
 
 SETS = {"harmless": harmless_pairs, "crowd": crowd_pairs}
-
-
-def text_differences(texts_a: Sequence[str], texts_b: Sequence[str], *, width: int = 4096) -> Array:
-    """(P, DIMENSIONS): differences of hashed TF-IDF, on their leading singular vectors, without labels."""
-    counts = np.zeros((len(texts_a) + len(texts_b), width), dtype=np.float32)
-    for row, text in zip(counts, [*texts_a, *texts_b], strict=True):
-        words = text.lower().split()
-        for term in words + [f"{one} {two}" for one, two in itertools.pairwise(words)]:
-            row[zlib.crc32(term.encode()) % width] += 1
-    weighted = np.log1p(counts) * (np.log((1 + len(counts)) / (1 + (counts > 0).sum(axis=0))) + 1)
-    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-9)
-    difference = weighted[: len(texts_a)] - weighted[len(texts_a) :]
-    # Halko, Martinsson & Tropp 2011, "Finding Structure with Randomness", algorithm 4.4
-    basis = difference.T @ np.random.default_rng(0).normal(size=(len(difference), DIMENSIONS + 20))
-    for _ in range(3):
-        basis = difference.T @ (difference @ np.linalg.qr(basis)[0])
-    left, values, _ = np.linalg.svd(difference @ np.linalg.qr(basis)[0], full_matrices=False)
-    features = (left * values)[:, :DIMENSIONS]
-    return np.asarray(features / features.std(), dtype=np.float64)

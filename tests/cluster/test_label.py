@@ -15,6 +15,7 @@ from cluster.pair_sources import candidates
 from contracts.config import ConfigError
 from contracts.labelling import PairSource
 from contracts.loading import load_labelling
+from feedback.sampling import plan_to_predict
 from feedback.store import Judgment, Store
 from tests.command import Command
 from tests.head import free_ports
@@ -131,6 +132,16 @@ def test_the_way_of_asking_orders_the_tasks(tmp_path: Path) -> None:
         orders[way] = [prompt for prompt, _ in asked(folder)]
     assert orders["as_given"] == ["p0", "p1", "p2"]
     assert orders["varied"] == ["p1", "p2", "p0"]
+    odd = [("o0", "ships sail at dawn"), ("o1", "cats sleep all day")]
+    alike_many = [(f"m{number}", f"tea is better hot {number}") for number in range(6)]
+    told = dict(odd + alike_many)
+    rows = [{"prompt": p, "response_a": text, "response_b": "nothing of the kind"} for p, text in told.items()]
+    file = str(write_lines(tmp_path / "odd.jsonl", rows))
+    checked(tmp_path, pairs=[{"file": file}], asking="to_predict", required_votes=1)
+    planned = [prompt for prompt, _ in asked(tmp_path)]
+    order = plan_to_predict(list(told.values()), ["nothing of the kind"] * len(told))
+    assert planned == [list(told)[index] for index in order]
+    assert planned[0].startswith("m")  # its label tells most about the others
     drawn = set()
     for seed in range(8):
         folder = tmp_path / f"seed {seed}"

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 
 from feedback.sampling import (
+    PRIOR_PRECISION,
     ask_at_random,
     ask_to_predict,
     ask_uncertain,
     ask_uncertain_and_diverse,
     disagreement,
     laplace_covariance,
+    plan_to_predict,
     prompts_that_vary,
     shingles,
     variety,
     without_near_duplicates,
 )
+from feedback.text_features import text_differences
 
 
 def test_random_is_seeded_and_even():
@@ -80,6 +83,26 @@ def test_what_is_asked_to_predict_takes_most_variance_off_the_predictions():
         != (expected[0])
     )
     assert ask_to_predict(-x, 1 - p, covariance, 5, target_DD=target).tolist() == expected
+
+
+def test_a_plan_before_any_label_is_that_of_batches_one_after_the_other():
+    """Each batch under the covariance that the pairs before it leave, inverted anew."""
+    rng = np.random.default_rng(3)
+    words = [f"w{number}" for number in range(40)]
+    first, second = ([" ".join(rng.choice(words, 6)) for _ in range(30)] for _ in range(2))
+    x, half = text_differences(first, second), np.full(30, 0.5)
+    target = x.T @ x / len(x)
+    known: list[int] = []
+    while len(known) < len(x):
+        rest = np.setdiff1d(np.arange(len(x)), known)
+        covariance = laplace_covariance(x[known], half[known], ridge=PRIOR_PRECISION)
+        known += rest[ask_to_predict(x[rest], half[rest], covariance, 7, target_DD=target)].tolist()
+    assert plan_to_predict(first, second).tolist() == known
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_few_pairs_and_pairs_without_a_difference_are_planned_too(number: int):
+    assert sorted(plan_to_predict(["the same"] * number, ["the same"] * number).tolist()) == list(range(number))
 
 
 def test_equal_uncertainty_goes_in_order():
