@@ -1,10 +1,11 @@
 """Many annotators at once on the labelling API, on a real Ray Serve: is any vote lost, doubled or misassigned?
 
-    python -m benchmarks.labelling [--annotators 50] [--pairs 200] [--votes 5] [--lost 0.1] [--seed 0]
+    python -m benchmarks.labelling [--annotators 50] [--pairs 200] [--votes 5] [--lost 0.1] [--seed 0] [--store URL]
 
 Each simulated annotator asks for tasks and votes until nothing is left for them, without pause. Some requests are sent
 again although they were answered (as after a lost answer), some votes are sent twice at the same time, some are undone
-and given again. Afterwards the database is read and held against what each annotator saw, meant and was told. Prints
+and given again. The store is a new SQLite file, or with --store the empty database of a PostgreSQL, which keeps
+everything. Afterwards the database is read and held against what each annotator saw, meant and was told. Prints
 Markdown; ends with status 1 where a count is not 0.
 """
 
@@ -14,14 +15,12 @@ import argparse
 import asyncio
 import os
 import random
-import sqlite3
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster.loopback import stay_on_loopback
@@ -31,9 +30,10 @@ stay_on_loopback()
 import httpx  # noqa: E402
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
+from sqlalchemy import create_engine, text  # noqa: E402
 
 from contracts.labelling import LabellingConfig  # noqa: E402
-from feedback.store import Store  # noqa: E402
+from feedback.store import Refused, Store  # noqa: E402
 from serving.labelling import build  # noqa: E402
 
 CHOICES = ("left", "right", "tie", "both_bad")
@@ -71,15 +71,19 @@ def main() -> int:
     parser.add_argument("--lost", type=float, default=0.1, help="share of votes sent again, undone, sent twice at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--store", metavar="URL", help="an empty database, postgresql+psycopg://...; default: a file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="labelling-") as folder:
-        place = Path(folder) / "feedback.db"
-        people = prepared(place, arguments)
+        place = arguments.store or f"sqlite:///{folder}/feedback.db"
+        try:
+            people = prepared(place, arguments)
+        except (Refused, ValueError) as refused:
+            parser.error(f"--store: {refused}")
         began_s = time.perf_counter()
         ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         try:
             serve.start(proxy_location="Disabled")
-            config = LabellingConfig(store=str(place), gold_rate=0.1, port=arguments.port)
+            config = LabellingConfig(store=place, gold_rate=0.1, port=arguments.port)
             serve.run(build(config), name="headrace-labelling", route_prefix=None)
             print(f"Ray Serve was ready after {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
             panel, wall_s = asyncio.run(labelled(f"http://127.0.0.1:{arguments.port}", people, arguments))
@@ -91,9 +95,16 @@ def main() -> int:
     return int(any(faults.values()))
 
 
-def prepared(place: Path, arguments: argparse.Namespace) -> list[tuple[int, str]]:
-    """A store with pairs, every tenth more a gold check; (annotator id, token) of everybody."""
+def prepared(place: str, arguments: argparse.Namespace) -> list[tuple[int, str]]:
+    """A store with pairs, every tenth more a gold check; (annotator id, token) of everybody.
+
+    Raises:
+        Refused: it is no store.
+        ValueError: it is somebody's; all votes in it are counted afterwards.
+    """
     with Store(place) as store:
+        if store.everybody():
+            raise ValueError("there are annotators in it already: give an empty database")
         for number in range(arguments.pairs + arguments.pairs // 10):
             prompt = store.add_prompt(f"question {number}", name=str(number))
             sides = [store.add_response(prompt, f"{side} {number}", source="versions") for side in "ab"]
@@ -172,23 +183,19 @@ class Annotator:
         return found
 
 
-def held_against(place: Path, panel: Panel, arguments: argparse.Namespace) -> dict[str, int]:
-    """How many votes went wrong, by way of going wrong, read from the file itself."""
-    connection = sqlite3.connect(place)
-    try:
-        kept = {
-            row[0]: row[1:]
-            for row in connection.execute(
-                "SELECT id, annotator_id, task_id, choice, shown_left FROM judgments WHERE act = 'vote'"
-            )
-        }
-        undone = {row[0] for row in connection.execute("SELECT supersedes FROM judgments WHERE act = 'undo'")}
-        tasks = {
-            row[0]: row[1:]
-            for row in connection.execute("SELECT id, required_votes, votes FROM tasks WHERE gold IS NULL")
-        }
-    finally:
-        connection.close()
+def held_against(place: str, panel: Panel, arguments: argparse.Namespace) -> dict[str, int]:
+    """How many votes went wrong, by way of going wrong, read from the database itself."""
+    engine = create_engine(place)
+    with engine.connect() as connection:
+
+        def rows(query: str) -> list[tuple[Any, ...]]:
+            return [tuple(row) for row in connection.execute(text(query))]
+
+        votes_kept = "SELECT id, annotator_id, task_id, choice, shown_left FROM judgments WHERE act = 'vote'"
+        kept = {row[0]: row[1:] for row in rows(votes_kept)}
+        undone = {row[0] for row in rows("SELECT supersedes FROM judgments WHERE act = 'undo'")}
+        tasks = {row[0]: row[1:] for row in rows("SELECT id, required_votes, votes FROM tasks WHERE gold IS NULL")}
+    engine.dispose()
     told = {said.judgment_id: said for said in panel.said}
     standing = [row for judgment_id, row in kept.items() if judgment_id not in undone]
     votes = Counter(task_id for _, task_id, _, _ in standing)
@@ -216,9 +223,11 @@ def held_against(place: Path, panel: Panel, arguments: argparse.Namespace) -> di
 
 def show(panel: Panel, faults: dict[str, int], wall_s: float, arguments: argparse.Namespace) -> None:
     requests = sum(map(len, panel.seconds.values()))
-    print(f"`{' '.join(['python -m benchmarks.labelling', *sys.argv[1:]])}`, {os.cpu_count()} cores\n")
+    options = [word.replace(arguments.store or "\0", "URL") for word in sys.argv[1:]]  # a URL may hold a password
+    print(f"`{' '.join(['python -m benchmarks.labelling', *options])}`, {os.cpu_count()} cores\n")
+    database = "PostgreSQL" if arguments.store else "SQLite"
     print(
-        f"{arguments.annotators} annotators at once, {len(panel.said)} votes ({panel.repeated} sent twice, "
+        f"{arguments.annotators} annotators at once, {database}, {len(panel.said)} votes ({panel.repeated} sent twice, "
         f"{sum(said.undone for said in panel.said)} undone) in {wall_s:.1f} s: "
         f"{len(panel.said) / wall_s:.0f} votes/s, {requests / wall_s:.0f} requests/s\n"
     )

@@ -15,6 +15,7 @@ from cluster.loopback import stay_on_loopback
 from contracts.config import Config
 from contracts.loading import validate
 from tests.command import Processes
+from tests.postgresql import Server, binaries, postgresql
 from tests.tiny import build_tiny_model
 
 stay_on_loopback()  # before any test module imports Ray
@@ -39,6 +40,14 @@ def short_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    if binaries() is None:
+        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed here")
+    with postgresql() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

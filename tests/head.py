@@ -21,6 +21,13 @@ START_S = 180.0
 @contextmanager
 def ray_head(folder: Path, *, num_cpus: int, **variables: str) -> Iterator[str]:
     """The URL of the dashboard of a head with `variables` in its environment; afterwards nothing of it is left."""
+    with ray_head_and_address(folder, num_cpus=num_cpus, **variables) as (url, _):
+        yield url
+
+
+@contextmanager
+def ray_head_and_address(folder: Path, *, num_cpus: int, **variables: str) -> Iterator[tuple[str, str]]:
+    """The same, and the address that drivers connect to."""
     processes, port = Processes(), free_ports(2)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
     plain["PATH"] = f"{RAY.parent}{os.pathsep}{plain['PATH']}"  # the `python` of a job's entrypoint
@@ -38,7 +45,7 @@ def ray_head(folder: Path, *, num_cpus: int, **variables: str) -> Iterator[str]:
         try:
             url = f"http://127.0.0.1:{port[1]}"
             wait_for_jobs(url, popen)
-            yield url
+            yield url, f"127.0.0.1:{port[0]}"
             popen.terminate()  # takes along what it started
             popen.wait(60)
         finally:

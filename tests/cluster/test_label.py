@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from contracts.config import ConfigError
 from contracts.labelling import PairSource
 from contracts.loading import load_labelling
 from feedback.sampling import plan_to_predict
-from feedback.store import Judgment, Store
+from feedback.store import DatasetQuery, Judgment, Store
 from tests.command import Command
-from tests.head import free_ports
+from tests.head import free_ports, ray_head_and_address
+from tests.postgresql import Server
 from tests.rollouts import scored_rollout
 
 
@@ -303,3 +305,47 @@ def test_two_people_label_until_ctrl_c_and_the_votes_become_a_file(tmp_path: Pat
         assert exporting.status() == 0, exporting.output
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert (row["prompt"], row["chosen"], row["rejected"], row["votes_chosen"]) == ("Why?", "good", "bad", 2)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_two_people_label_into_a_postgresql(tmp_path: Path, postgresql_server: Server) -> None:
+    """Both at once, over HTTP; the command ends, and the cluster is left with nothing of it."""
+    (port,), place = free_ports(1), postgresql_server.new_database()
+    rows = [{"prompt": f"Question {n}?", "response_a": f"good {n}", "response_b": f"bad {n}"} for n in range(12)]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    settings = {"store": place, "port": port, "required_votes": 2, "pairs": [{"file": "pairs.jsonl"}]}
+    with Store(place) as store:
+        tokens = [store.register(name)[1] for name in ("anna", "ben")]
+
+    def label_all(token: str) -> int:
+        votes = 0
+        while (task := call(port, "next", token)["task"]) is not None:
+            side = "left" if task["responses"][0]["text"].startswith("good") else "right"
+            vote = {"task_id": task["task_id"], "lease_id": task["lease_id"], "idempotency_key": str(votes)}
+            assert call(port, "judgments", token, vote | {"choice": side})["repeated"] is False
+            votes += 1
+        return votes
+
+    with ray_head_and_address(tmp_path, num_cpus=2) as (_, address):
+        run = {"labelling": settings, "ray": {"address": address}}
+        (tmp_path / "label.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+        with Command("label", "label.yaml", cwd=tmp_path) as command:
+            command.until(lambda: f"http://127.0.0.1:{port}/" in command.output, "its address")
+            with ThreadPoolExecutor(2) as people:
+                assert list(people.map(label_all, tokens)) == [12, 12]
+            command.ctrl_c()
+            assert command.status() == 130, command.output
+            assert "24 of 24 votes are in" in command.output
+            assert "Traceback" not in command.output
+        with pytest.raises(OSError, match=r"refused|404"):
+            call(port, "next", tokens[0])
+    with Store(place) as store:
+        votes = store.ballots()
+        run_of = DatasetQuery(store.aggregate().aggregate_id)
+        store.export_preferences("both", run_of, tmp_path / "out.jsonl")
+    assert sorted(zip(votes.pairs_N.tolist(), votes.voters_N.tolist(), strict=True)) == [
+        (pair, voter) for pair in range(12) for voter in range(2)
+    ]
+    pairs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = {(row["prompt"], row["chosen"], row["rejected"], row["votes_chosen"]) for row in pairs}
+    assert said == {(row["prompt"], row["response_a"], row["response_b"], 2) for row in rows}

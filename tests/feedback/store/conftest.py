@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from feedback.store import Assignment, Judgment, Store
-from tests.postgresql import Server, binaries, postgresql
+from tests.postgresql import Server
 
 
 @dataclass
@@ -21,14 +21,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="session")
-def postgresql_server() -> Iterator[Server]:
-    if binaries() is None:
-        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed here")
-    with postgresql() as server:
-        yield server
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
