@@ -36,11 +36,6 @@ def check_served(config: Config) -> Application | None:
         raise ConfigError(
             "serving.model: with serving.start the policy in training is served; leave one of the two out"
         )
-    if config.training.lora is not None:
-        raise ConfigError(
-            "serving.start: adapters (training.lora) cannot be served while they are trained; leave it out, and serve "
-            "a checkpoint with `headrace serve`"
-        )
     return check_application(config, trains_reward=config.preferences is not None)
 
 

@@ -147,7 +147,7 @@ async def prepare(
         log.event(Event("start", f"reward component {component.name}", "", up))
 
     if outliving is not None:
-        await outliving.start(StartWeights(path, version, config.model.dtype))
+        await outliving.start(StartWeights(path, version, config.model.dtype, adapters))
     bound = StalenessBound(
         config.streaming.max_lag_steps, config.training.prompts_per_batch, config.streaming.stale_tokens
     )

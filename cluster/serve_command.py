@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import launch
@@ -19,6 +19,7 @@ from cluster.application import (
 )
 from cluster.checkpoints import verified
 from cluster.preflight import model_files
+from cluster.preflight.adapters import check_adapters
 from cluster.progress import Progress
 from contracts.config import Config
 from contracts.serving import ServingConfig
@@ -26,6 +27,7 @@ from contracts.stopping import StopRequest
 from contracts.waiting import answer
 from learner import checkpoint as checkpoints
 from models import bundled
+from models.engine_adapters import AdapterSettings
 from serving.records import StartWeights
 
 
@@ -34,8 +36,7 @@ class ServeJob:
     """What is checked before anything starts."""
 
     application: Application
-    policy: str  # a path as in model.path
-    version: int
+    start: StartWeights  # its path is one as in model.path
     notes: tuple[str, ...]
 
 
@@ -46,29 +47,40 @@ def check_serving(config: Config) -> ServeJob:
         ConfigError: one line that names the field and what to do.
     """
     application = check_application(config, trains_reward=False)
-    path, version, field, notes = find_policy(config, application.serving)
-    folder = model_files.locate(path, field)
+    start, field, notes = find_policy(config, application.serving)
+    folder = model_files.locate(start.path, field)
     if folder is not None:
         model_files.check_folder(folder, field, chat=True, max_context_tokens=config.model.max_context_tokens)
-    return ServeJob(application, path, version, tuple(notes))
+        if start.adapters is not None:
+            check_adapters(start.adapters.lora, str(folder), field)
+    return ServeJob(application, start, tuple(notes))
 
 
-def find_policy(config: Config, serving: ServingConfig) -> tuple[str, int, str, list[str]]:
-    """Path and version of what is served first, the setting that says so, and what a person should know of it.
+def find_policy(config: Config, serving: ServingConfig) -> tuple[StartWeights, str, list[str]]:
+    """What is served first, the setting that says so, and what a person should know of it.
+
+    Of a run with LoRA that is its model under the adapter of the newest checkpoint, so that adapters of the training
+    can follow; a checkpoint that `serving.model` names is served merged, as it would be exported.
 
     Raises:
         ConfigError: serving.model is a damaged checkpoint.
     """
+    dtype, lora = config.model.dtype, config.training.lora
     if serving.model is not None:
         if not (Path(serving.model) / checkpoints.MANIFEST).is_file():
-            return serving.model, 0, "serving.model", []
+            return StartWeights(serving.model, 0, dtype), "serving.model", []
         saved = verified(Path(serving.model))
-        return str(saved.policy), saved.step, "serving.model", []
+        return StartWeights(str(saved.policy), saved.step, dtype), "serving.model", []
     newest, problems = checkpoints.newest_whole(config.output_dir)
+    version, notes = (newest.step if newest else 0), list(problems)
     if newest is None:
-        none_yet = f"{config.output_dir} has no checkpoint: serving {config.model.path}"
-        return config.model.path, 0, "model.path", [*problems, none_yet]
-    return str(newest.policy.resolve()), newest.step, "serving.model", problems
+        notes.append(f"{config.output_dir} has no checkpoint: serving {config.model.path}")
+    if lora is not None:
+        initial = str(newest.adapter.resolve()) if newest else None
+        return StartWeights(config.model.path, version, dtype, AdapterSettings(lora, initial)), "model.path", notes
+    if newest is None:
+        return StartWeights(config.model.path, version, dtype), "model.path", notes
+    return StartWeights(str(newest.policy.resolve()), version, dtype), "serving.model", notes
 
 
 async def serve_policy(job: ServeJob, progress: Progress, stopping: StopRequest) -> None:
@@ -78,18 +90,18 @@ async def serve_policy(job: ServeJob, progress: Progress, stopping: StopRequest)
     deadlines = config.deadlines
     for note in job.notes:
         progress.warn(note)
-    progress.phase(f"Loading {job.policy}")
-    path = await asyncio.to_thread(bundled.resolve, job.policy)
+    progress.phase(f"Loading {job.start.path}")
+    start = replace(job.start, path=await asyncio.to_thread(bundled.resolve, job.start.path))
     ray_config = config.ray.model_copy(update={"num_cpus": config.ray.num_cpus or _local_cpus(application)})
     config = config.model_copy(update={"ray": ray_config})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(launch.cluster(config, serving.application, progress, learner_only=True))
-        start = asyncio.to_thread(launch.start_serve)
-        await answer(start, who="Ray Serve", asked="start", deadline_s=deadlines.start_s)
+        serve = asyncio.to_thread(launch.start_serve)
+        await answer(serve, who="Ray Serve", asked="start", deadline_s=deadlines.start_s)
         stack.push_async_callback(remove, application, deadline_s=deadlines.stop_s)
         progress.phase(f"Starting {application.num_engines}")
-        await start_application(application, StartWeights(path, job.version, config.model.dtype), progress)
-        progress.phase(f"Serving {serving.name}, version {job.version}")
+        await start_application(application, start, progress)
+        progress.phase(f"Serving {serving.name}, version {start.version}")
         progress.result(f"{application.where}\nCtrl-C finishes what runs and stops; again to stop at once")
         stopping.graceful = True
         await until_stopped(application, progress, stopping)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,7 +34,6 @@ from contracts.config import Config, ConfigError, RewardConfig
 from contracts.waiting import answer
 from models import bundled
 from serving.app import Policy, build
-from serving.records import StartWeights
 
 
 def application(args: Mapping[str, Any]) -> serve.Application:
@@ -55,7 +54,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         )
         for component in job.application.components
     }
-    start = StartWeights(bundled.resolve(job.policy), job.version, config.model.dtype)
+    start = replace(job.start, path=bundled.resolve(job.start.path))
     return build(
         serving,
         Policy(start, config.model.max_context_tokens),

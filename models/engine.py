@@ -10,8 +10,8 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -203,7 +203,7 @@ class Engine:
         salt = await self.accepting()
         request = SamplingRequest(request_id, prompt_tokens, max_tokens, temperature, seed, stop_token_ids)
         params = request.params()
-        with self._adapters.newest() if self._adapters else nullcontext() as adapter:
+        with self.adapter() as adapter:
             prompt = TokensPrompt(prompt_token_ids=prompt_tokens, cache_salt=salt)
             running = asyncio.ensure_future(self._final_output(prompt, params, request_id, adapter))
             self._running.add(running)
@@ -234,7 +234,7 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         expires = time.monotonic() + deadline_s
-        with self._adapters.newest() if self._adapters else nullcontext() as adapter:
+        with self.adapter() as adapter:
             try:
                 async with self._update_lock:
                     self._raise_if_broken()
@@ -336,9 +336,20 @@ class Engine:
         return await self._finished(self._update_adapter(self._adapters, version, adapter, expires))
 
     @property
+    def takes_adapters(self) -> bool:
+        """Whether it was started for adapters, and takes nothing else."""
+        return self._adapters is not None
+
+    @property
     def llm(self) -> AsyncLLM:
-        """For vLLM's own request handlers, which have to ask `accepting` first."""
+        """For vLLM's own request handlers, which have to ask `accepting` first, and to name `adapter`."""
         return self._llm
+
+    @contextmanager
+    def adapter(self) -> Iterator[Adapter | None]:
+        """What a request has to name that begins now and ends inside; None in an engine without adapters."""
+        with self._adapters.newest() if self._adapters else nullcontext() as adapter:
+            yield adapter
 
     async def accepting(self) -> str:
         """Wait for as long as weights are exchanged; the salt for the prompt of a request that begins now.

@@ -82,9 +82,7 @@ class EngineAdapters:
             adapter.running -= 1
 
     def initial_tensors(self) -> dict[str, Tensor]:
-        if self._settings.initial is None:
-            return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in self.shapes.items()}
-        return {name: tensor.bfloat16() for name, tensor in load_adapter(Path(self._settings.initial)).items()}
+        return initial_adapter(self._settings, self.shapes)
 
     async def write(self, version: int, tensors: Mapping[str, Tensor]) -> Adapter:
         """Write the folder of a version; the engine does not know it yet."""
@@ -125,6 +123,13 @@ class EngineAdapters:
     def remove_folders(self) -> None:
         for adapter in self._held:
             shutil.rmtree(adapter.folder, ignore_errors=True)
+
+
+def initial_adapter(settings: AdapterSettings, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What an engine begins with, in bf16, as adapters are published; `shapes` are those of `adapter_shapes`."""
+    if settings.initial is None:
+        return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    return {name: tensor.bfloat16() for name, tensor in load_adapter(Path(settings.initial)).items()}
 
 
 def vllm_arguments(settings: AdapterSettings, model: str) -> dict[str, Any]:

@@ -27,10 +27,12 @@ async def response_logprobs(
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
     prompt = TokensPrompt(prompt_token_ids=tokens, cache_salt=salt)
     try:
-        async for output in engine.llm.generate(prompt, params, request_id):
-            if output.finished and output.prompt_logprobs is not None:
-                found = output.prompt_logprobs[len(prompt_tokens) :]
-                return [at[token].logprob for at, token in zip(found, response_tokens, strict=True) if at is not None]
+        with engine.adapter() as adapter:
+            lora_request = adapter.request if adapter else None
+            async for output in engine.llm.generate(prompt, params, request_id, lora_request=lora_request):
+                if output.finished and output.prompt_logprobs is not None:
+                    found = zip(output.prompt_logprobs[len(prompt_tokens) :], response_tokens, strict=True)
+                    return [at[token].logprob for at, token in found if at is not None]
     except VLLMValidationError as error:
         raise ValueError(str(error)) from error
     except EngineDeadError as error:

@@ -48,26 +48,35 @@ class Answer:
 
 
 class _Client:
-    """The engine as vLLM's handlers see it: what they generate is noted in the `_WRITTEN` of who asked."""
+    """The engine as vLLM's handlers see it: which versions write is noted in the `_WRITTEN` of who asked."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
+        return getattr(self._engine.llm, name)
 
     def generate(self, *arguments: Any, **settings: Any) -> AsyncGenerator[Any, None]:
-        return _noted(self._llm.generate(*arguments, **settings), _WRITTEN.get())
+        return _noted(self._engine, arguments, settings, _WRITTEN.get())
 
 
-async def _noted(outputs: AsyncGenerator[Any, None], written: list[int]) -> AsyncGenerator[Any, None]:
-    """The same outputs; the versions of each choice that has finished go to `written`."""
-    async with aclosing(outputs):
-        async for output in outputs:
-            for choice in output.outputs:
-                versions = (int(span.version) for span in choice.weight_versions or ())
-                written.extend(version for version in versions if version not in written)
-            yield output
+async def _noted(
+    engine: Engine, arguments: Sequence[Any], settings: dict[str, Any], written: list[int]
+) -> AsyncGenerator[Any, None]:
+    """What the engine generates, with its newest adapter where it has some. The version of that goes to `written` at
+    once; without adapters those of each choice do, when it has finished."""
+    with engine.adapter() as adapter:
+        if adapter is not None:
+            settings["lora_request"] = adapter.request
+            if adapter.version not in written:
+                written.append(adapter.version)
+        outputs: Any = engine.llm.generate(*arguments, **settings)
+        async with aclosing(outputs):
+            async for output in outputs:
+                for choice in output.outputs if adapter is None else ():
+                    versions = (int(span.version) for span in choice.weight_versions or ())
+                    written.extend(version for version in versions if version not in written)
+                yield output
 
 
 class OpenAIHandlers:
@@ -84,7 +93,7 @@ class OpenAIHandlers:
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.renderers.online_renderer import OnlineRenderer
 
-        llm: Any = _Client(engine.llm)
+        llm: Any = _Client(engine)
         template: dict[str, Any] = {"chat_template": None, "chat_template_content_format": "auto"}  # the model's own
         models = OpenAIServingModels(llm, [BaseModelPath(name=name, model_path=name)])
         renderer = OnlineRenderer(llm.model_config, llm.renderer, request_logger=None, **template)
@@ -118,7 +127,7 @@ class OpenAIHandlers:
             version = written[0] if written else self._engine.version
             return Answer(version, _parts(_named(created, theirs, answer_id, version, written)))
         first = await self._first(created)
-        version = self._engine.version
+        version = written[0] if written else self._engine.version
 
         def named() -> bytes:
             return b"data: " + _named(theirs, theirs, answer_id, version, written)

@@ -85,6 +85,8 @@ class Archive:
         start: the version that replicas load from elsewhere when they start, and what gives its tensors. It becomes a
             keyframe with the first update, so that a way leads back to it.
         key: of the frames.
+        adapters: every version is a LoRA adapter; else none is. What is in the folder of the other kind, from another
+            application of the run, does not count and stays.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Archive:
         keyframe_every: int,
         start: tuple[int, Callable[[], Iterable[tuple[str, Tensor]]]] | None = None,
         key: bytes | None = None,
+        adapters: bool = False,
     ) -> None:
         self._folder, self._keyframe_every, self._start, self._key = folder, keyframe_every, start, key
+        self._adapters = adapters
         self._deltas: dict[int, Entry] = {}
         self._keyframes: dict[int, Entry] = {}
         self._digests: tuple[int, Digests] | None = None  # of the version added last
@@ -105,7 +109,9 @@ class Archive:
             path.unlink()
         for path in sorted(folder.glob("*.frames")):
             with contextlib.suppress(Damaged):
-                self._insert(self._entry(path))
+                entry = self._entry(path)
+                if entry.update.is_adapter == adapters:
+                    self._insert(entry)
 
     @property
     def versions(self) -> list[int]:
@@ -139,12 +145,12 @@ class Archive:
             ValueError: it is damaged or forged, of another model, or its version is here with other weights.
             DiskFull: nothing of it was written.
         """
+        self._check_kind(update)
         read = read_update(frames, update, self._key)
         if self._is_here(update):
             return False
         self._check_newest(update)
-        if not update.is_adapter:
-            self._add_start(update.base_version)
+        self._add_start(update)
         records = [record for frame in read for record in frame.records]
         digests = {record.spec.name: (record.base_digest, record.digest) for record in records}
         if update.base_version is not None:
@@ -152,6 +158,19 @@ class Archive:
         self._write(update, frames)
         self._digests = (update.version, digests)
         return True
+
+    def _check_kind(self, update: WeightsUpdate) -> None:
+        if update.is_adapter == self._adapters:
+            return
+        if update.is_adapter:
+            raise ValueError(
+                f"version {update.version} is a LoRA adapter, and this application serves whole weights: start it from "
+                "the run's configuration, with training.lora and without serving.model"
+            )
+        raise ValueError(
+            f"version {update.version} is whole weights, and this application serves LoRA adapters: start it without "
+            "training.lora"
+        )
 
     def _is_here(self, update: WeightsUpdate) -> bool:
         held = self._deltas.get(update.version) or self._keyframes.get(update.version)
@@ -207,14 +226,18 @@ class Archive:
             DiskFull: there is no room for it.
         """
         if self._start is not None and not self._reachable(self._start[0]):
-            self._write_start()
+            newest = max(self._entries(), key=lambda entry: entry.update.version, default=None)
+            self._write_start(newest.update.dense_bytes if newest else None)
 
-    def _add_start(self, base: int | None) -> None:
+    def _add_start(self, update: WeightsUpdate) -> None:
         """Before anything else is here, or where it is what an update builds on."""
-        if self._start is not None and (not self._entries() or base == self._start[0]):
-            self.keep_start()
+        if self._start is None or self._reachable(self._start[0]):
+            return
+        if not self._entries() or update.base_version == self._start[0]:
+            self._write_start(update.dense_bytes)
 
-    def _write_start(self) -> None:
+    def _write_start(self, dense_bytes: int | None) -> None:
+        """`dense_bytes` are those of another version: an adapter does not tell how large its model is."""
         assert self._start is not None
         version, tensors = self._start
         sender = DeltaSender(key=self._key)
@@ -225,7 +248,8 @@ class Archive:
                 base_version=None,
                 num_bytes=sum(map(len, frames)),
                 digest=sender.digest,
-                dense_bytes=sender.dense_bytes,
+                dense_bytes=dense_bytes or sender.dense_bytes,
+                is_adapter=self._adapters,
                 num_frames=len(frames),
                 fingerprint=sender.fingerprint,
             ),

@@ -22,10 +22,11 @@ from contracts.waiting import answer
 from models.engine import Engine
 from models.engine_core import CoreWatch
 from models.engine_scoring import response_logprobs
-from models.weight_stream import DeltaError, DeltaReceiver
+from models.weight_stream import DeltaError
 from serving.gate import Sampled, compare
 from serving.records import StartWeights, Step, Verdict
-from serving.replica import KEEPER, SILENT_S, apply_all, start_engine
+from serving.replica import SILENT_S, start_engine
+from serving.taking import KEEPER, Taking
 
 _FETCH_S = 120.0
 _EXCHANGE_S = 180.0
@@ -76,17 +77,14 @@ class GateEngine:
             settings.config, settings.start, max_context_tokens=settings.max_context_tokens, start_s=settings.start_s
         )
         self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
-        tensors, version = self._engine.shadow_tensors, self._engine.version
-        self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=settings.key)
+        self._taking = await Taking.into(self._engine, settings.key)
         self._tokenizer: Any = await asyncio.to_thread(AutoTokenizer.from_pretrained, settings.start.path)
         self._measured: Sampled | None = None
         self._num_requests = 0
 
     async def holds(self) -> tuple[int | None, int | None]:
         """The version that its engine holds (None: it needs a keyframe), and the one whose measurements it has."""
-        held = self._receiver.version
-        measured = self._measured.version if self._measured else None
-        return held if held == self._engine.version else None, measured
+        return self._taking.held, self._measured.version if self._measured else None
 
     async def judge(self, current: int, to_current: list[Step], candidate: int, to_candidate: list[Step]) -> Verdict:
         """Whether `candidate` may follow `current`.
@@ -136,11 +134,9 @@ class GateEngine:
             frames = await answer(fetch, who=KEEPER, asked=f"hand over version {version}", deadline_s=_FETCH_S)
             updates = [update for update, _ in steps]
             try:
-                await self._engine.update(
-                    version, lambda tensors: apply_all(self._receiver, updates, frames), deadline_s=_EXCHANGE_S
-                )
+                await self._taking.take(version, updates, frames, deadline_s=_EXCHANGE_S)
             except DeltaError as error:
-                self._receiver.forget()
+                self._taking.forget()
                 raise RuntimeError(str(error)) from None
         if self._engine.version != version:
             raise RuntimeError(f"{_WHO} serves version {self._engine.version}, asked for version {version}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import ray
 
 from contracts.records import WeightsUpdate
+from models.engine_adapters import AdapterSettings
 from serving.wire import ReplyTo
 
 VERSIONS = "versions"  # the deployment of the version keeper
@@ -70,11 +71,16 @@ class Order:
 
 @dataclass(frozen=True)
 class StartWeights:
-    """What replicas load from disk when they start: the policy folder `path` is version `version`."""
+    """What replicas load from disk when they start: the policy folder `path` is version `version`.
+
+    With `adapters` `path` is the model that they are for, it is version `version` under the initial one, and every
+    later version is an adapter too.
+    """
 
     path: str
     version: int
     dtype: str = "bfloat16"
+    adapters: AdapterSettings | None = None
 
 
 @dataclass(frozen=True)

@@ -11,36 +11,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from torch import Tensor
 
 from contracts.events import Event, first_line
-from contracts.records import WeightsUpdate
 from contracts.serving import ServingConfig
 from contracts.waiting import NoAnswer, answer
 from models.engine import Engine
 from models.engine_core import CoreWatch
 from models.engine_update import WeightsError
 from models.openai import OpenAIHandlers, Refused
-from models.weight_stream import DeltaError, DeltaReceiver
+from models.weight_stream import DeltaError
 from serving.records import LIVE, Head, Order, PolicyRequest, StartWeights
 from serving.rollover import DrainError, Gate
+from serving.taking import KEEPER, Taking
 from serving.wire import Wires
 
-KEEPER = "the version keeper"
 _POLL_S = 10.0
 _LATE_S = 20.0  # the keeper may be starting again, or hash what it reads from disk
 _PAUSE_S = 1.0
 _AT_WORK_S = 5.0
+_ADAPTERS = 4  # versions that write at once; requests of one more wait for one of them to end
 _EXCHANGE_S = 30.0  # of an order's deadline, which draining has to leave
 SILENT_S = 60.0  # an engine core that stands still for so long is stopped or hung
 _ASKING = (NoAnswer, RayError, RayServeException)  # the keeper is away
@@ -95,8 +93,7 @@ class PolicyReplica:
             settings.config, settings.start, max_context_tokens=settings.max_context_tokens, start_s=settings.start_s
         )
         self._core = CoreWatch(self._engine.ping, self._engine.core_computed_s)
-        tensors, version = self._engine.shadow_tensors, self._engine.version
-        self._receiver = await asyncio.to_thread(DeltaReceiver, tensors, version, key=settings.key)
+        self._taking = await Taking.into(self._engine, settings.key)
         most_tokens = settings.config.limits.max_response_tokens
         self._handlers = await asyncio.to_thread(OpenAIHandlers, self._engine, settings.name, most_tokens=most_tokens)
         await self._catch_up()
@@ -237,9 +234,6 @@ class PolicyReplica:
         frames = await answer(fetch, who=KEEPER, asked=asked, deadline_s=order.deadline_s)
         updates = [update for update, _ in order.steps]
 
-        def write(tensors: Mapping[str, Tensor]) -> None:
-            apply_all(self._receiver, updates, frames)
-
         def drained() -> AbstractAsyncContextManager[object]:
             if self._settings.config.allow_mixed:
                 return nullcontext()
@@ -247,7 +241,7 @@ class PolicyReplica:
             return self._gate.drained(alone=order.alone, drain_s=max(0.0, drain_s))
 
         deadline_s = expires - time.monotonic()
-        times = await self._engine.update(order.version, write, deadline_s=deadline_s, exchange_in=drained)
+        times = await self._taking.take(order.version, updates, frames, deadline_s=deadline_s, exchange_in=drained)
         consequence = f"serves version {order.version}, held requests for {times.held_s:.2f} s"
         self._tell(Event("rollover", self._name, f"{len(updates)} updates from {KEEPER}", consequence))
 
@@ -288,17 +282,6 @@ async def start_engine(
         kv_cache_bytes=int(replicas.kv_cache_gib * 2**30),
         threads=replicas.threads,
         weights_version=start.version,
+        adapters=replace(start.adapters, max_versions=_ADAPTERS) if start.adapters else None,
         start_timeout_s=start_s,
     )
-
-
-def apply_all(receiver: DeltaReceiver, updates: Sequence[WeightsUpdate], frames: Sequence[Sequence[Any]]) -> None:
-    """The updates of an order, one after the other; with a keyframe first, whatever the receiver holds.
-
-    Raises:
-        DeltaError: one of them was refused.
-    """
-    if updates[0].is_keyframe:
-        receiver.forget()
-    for update, its_frames in zip(updates, frames, strict=True):
-        receiver.apply(its_frames, update=update, sender=KEEPER)

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from torch import Tensor
 
 from contracts.clock import now
 from contracts.events import Event, EventKind, first_line
@@ -25,6 +26,8 @@ from contracts.json_lines import JsonLines
 from contracts.records import SCHEMA_VERSION, WeightsUpdate
 from contracts.serving import ServingConfig
 from contracts.waiting import NoAnswer, answer
+from models.adapters import adapter_shapes, skeleton
+from models.engine_adapters import initial_adapter
 from models.engine_shadow import policy_tensors
 from serving.archive import Archive, Damaged, Entry, NeedsKeyframe, Unreachable
 from serving.records import LIVE, Order, StartWeights, Step, Verdict, VersionRow
@@ -71,8 +74,9 @@ class VersionKeeper:
         self._archive = Archive(
             folder / "weights",
             keyframe_every=config.keyframe_every,
-            start=(start.version, lambda: policy_tensors(start.path, start.dtype).items()),
+            start=(start.version, lambda: start_tensors(start).items()),
             key=key,
+            adapters=start.adapters is not None,
         )
         self._history_file = JsonLines(folder / "history.jsonl", synced=True)
         self._events = JsonLines(folder / "events.jsonl", synced=False)
@@ -305,6 +309,13 @@ class VersionKeeper:
     def _event(self, kind: EventKind, who: str, cause: str, consequence: str) -> None:
         event = {"time": time.time()} | asdict(Event(kind, who, cause, consequence))
         self._events.keep({"schema_version": SCHEMA_VERSION} | event)
+
+
+def start_tensors(start: StartWeights) -> dict[str, Tensor]:
+    """The version that replicas load when they start, as it would have been published."""
+    if start.adapters is None:
+        return policy_tensors(start.path, start.dtype)
+    return initial_adapter(start.adapters, adapter_shapes(skeleton(start.path), start.adapters.lora))
 
 
 def _rows(path: Path) -> list[VersionRow]:

@@ -54,8 +54,8 @@ WITHOUT = {
     "models/engine.py generate: running": "the lease of the request, deadlines.lease_s, aborts it",
     "models/engine.py _update: exchange_in()": "what the caller gives: serving.rollover.Gate.drained, which gives up",
     "models/engine.py accepting: self._accepting.wait()": "an update, of which every call to the core has the deadline",
-    "models/engine_scoring.py response_logprobs: engine.llm.generate(prompt, params, request_id)": ""
-    "GateEngine._logprobs waits for it in answer()",
+    "models/engine_scoring.py response_logprobs: engine.llm.generate(prompt, params, request_id, "
+    "lora_request=lora_request)": "GateEngine._logprobs waits for it in answer()",
     "models/engine_start.py start_vllm: AsyncLLM.from_engine_args(engine_args)": "VLLM_ENGINE_READY_TIMEOUT_S, which "
     "child_environment sets to start_timeout_s",
     "models/engine_together.py last_output: collector.get()": "the pool, as for _together",

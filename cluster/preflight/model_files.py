@@ -68,7 +68,8 @@ def check_folder(folder: Path, field: str, *, chat: bool, max_context_tokens: in
     """
     here = f"{field} {folder}"
     if not (folder / "config.json").is_file():
-        hint = "; an adapter has to be merged first" if (folder / "adapter_config.json").exists() else ""
+        merge = "; an adapter has to be merged first: take the checkpoint above it, or `headrace export` that"
+        hint = merge if (folder / "adapter_config.json").exists() else ""
         raise ConfigError(f"{here}: is not a model folder: config.json is missing{hint}")
     config = _json_object(folder / "config.json", field)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from actors.applications import delete_application, run_application
 from actors.prompts import PromptRow, render
 from contracts.serving import GateConfig, ServingConfig
+from models.engine_adapters import AdapterSettings
 from models.engine_shadow import policy_tensors
 from serving.app import Policy, build
 from serving.archive import weights_key
@@ -82,17 +83,19 @@ def events(parts: list[bytes]) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def application(config: ServingConfig, model: Path, folder: Path) -> AsyncIterator[Application]:
+async def application(
+    config: ServingConfig, model: Path, folder: Path, adapters: AdapterSettings | None = None
+) -> AsyncIterator[Application]:
     """One whose gate, where there is one, asks `Reward` on eight prompts."""
     rows = [
         PromptRow(f"p{i}", [{"role": "user", "content": f"Question {i}?"}], "test", columns={"poison": False})
         for i in range(8)
     ]
     prompts, _ = render(rows, AutoTokenizer.from_pretrained(model), system=None, max_prompt_tokens=200)
-    policy, scorers = Policy(StartWeights(str(model), 0), 256), {"letter": (1.0, Reward())}
-    bound = build(config, policy, folder, scorers=scorers, start_s=180, health_s=20, gate_prompts=prompts)
+    policy, scorers = Policy(StartWeights(str(model), 0, adapters=adapters), 256), {"letter": (1.0, Reward())}
+    bound = build(config, policy, folder, scorers=scorers, start_s=480, health_s=20, gate_prompts=prompts)
     try:
-        await run_application(bound, config.application, start_s=200)
+        await run_application(bound, config.application, start_s=500)
         yield Application(config, model, folder)
     finally:
         await delete_application(config.application, deadline_s=60)

@@ -75,7 +75,7 @@ class Rig:
 
     def keeper(self, folder: Path) -> VersionKeeper:
         # Its versions have other weights than those of the same numbers before.
-        self.gate._receiver.forget()
+        self.gate._taking.forget()
         self.gate._measured = None
         return VersionKeeper(CONFIG, folder, self.start, key=KEY, gate=Here(self.gate))  # type: ignore[arg-type]
 

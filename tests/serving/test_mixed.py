@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contracts.serving import ServingConfig
+from models.engine_adapters import AdapterSettings
 from models.engine_shadow import policy_tensors
 from models.engine_update import UpdateTimes
 from models.openai import Answer
@@ -39,8 +40,8 @@ class ScriptedEngine:
 
     broken = None
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.version, self.shadow_tensors = 0, tensors
+    def __init__(self, tensors: dict[str, Tensor], *, takes_adapters: bool = False) -> None:
+        self.version, self.shadow_tensors, self.takes_adapters = 0, tensors, takes_adapters
 
     async def update(
         self,
@@ -53,6 +54,10 @@ class ScriptedEngine:
         await asyncio.to_thread(write, self.shadow_tensors)
         async with exchange_in():
             self.version = version
+        return UpdateTimes(0.0, 0.0, 0.0, 0.0)
+
+    async def load_adapter(self, version: int, tensors: dict[str, Tensor], *, deadline_s: float) -> UpdateTimes:
+        self.version, self.shadow_tensors = version, tensors
         return UpdateTimes(0.0, 0.0, 0.0, 0.0)
 
     async def ping(self) -> None:
@@ -111,16 +116,16 @@ class Talk:
 
 @asynccontextmanager
 async def following(
-    config: ServingConfig, model: Path, folder: Path, patch: pytest.MonkeyPatch
+    config: ServingConfig, model: Path, folder: Path, patch: pytest.MonkeyPatch, adapters: AdapterSettings | None = None
 ) -> AsyncIterator[tuple[PolicyReplica, ScriptedEngine, VersionKeeper, Trainer]]:
     """A replica and its version keeper, of which the engine alone is scripted."""
     trainer = Trainer(start=policy_tensors(str(model), "bfloat16"))
-    engine = ScriptedEngine(clone(trainer.weights[0]))
+    engine = ScriptedEngine(clone(trainer.weights[0]), takes_adapters=adapters is not None)
 
     async def start_engine(*_: Any, **__: Any) -> ScriptedEngine:
         return engine
 
-    start = StartWeights(str(model), 0)
+    start = StartWeights(str(model), 0, adapters=adapters)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="a"))
     with patch.context() as scripted:
         scripted.setattr(replicas, "start_engine", start_engine)

@@ -14,6 +14,8 @@ from contracts.config import Config, ConfigError
 from contracts.loading import validate
 from contracts.serving import ServingConfig
 from learner import checkpoint as checkpoints
+from models.engine_adapters import AdapterSettings
+from serving.records import StartWeights
 from tests.cluster.test_train import write_config, write_project
 from tests.command import Command
 from tests.head import free_ports
@@ -40,17 +42,17 @@ def write_checkpoint(run_dir: Path, step: int) -> checkpoints.Checkpoint:
 
 def test_the_newest_whole_checkpoint_is_served_and_its_step_is_its_version(tmp_path: Path) -> None:
     config, run_dir = config_of(tmp_path), tmp_path / "run"
-    path, version, _, notes = find_policy(config, ServingConfig())
-    assert (path, version) == ("base", 0)
+    start, _, notes = find_policy(config, ServingConfig())
+    assert start == StartWeights("base", 0)
     assert notes == [f"{run_dir} has no checkpoint: serving base"]
 
     write_checkpoint(run_dir, 4)
     newest = write_checkpoint(run_dir, 8)
-    assert find_policy(config, ServingConfig())[:2] == (str(newest.policy), 8)
+    assert find_policy(config, ServingConfig())[0] == StartWeights(str(newest.policy), 8)
 
     (newest.policy / "model.safetensors").write_bytes(b"damaged")
-    path, version, _, notes = find_policy(config, ServingConfig())
-    assert (Path(path).parent.name, version) == ("step-000004", 4)
+    start, _, notes = find_policy(config, ServingConfig())
+    assert (Path(start.path).parent.name, start.version) == ("step-000004", 4)
     assert notes[0].endswith("differs from the manifest")
 
 
@@ -58,11 +60,23 @@ def test_a_checkpoint_or_a_folder_may_be_named(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     saved = write_checkpoint(tmp_path / "other", 12)
     write_checkpoint(tmp_path / "run", 99)
-    assert find_policy(config, ServingConfig(model=str(saved.path)))[:2] == (str(saved.policy), 12)
-    assert find_policy(config, ServingConfig(model="plain"))[:2] == ("plain", 0)
+    assert find_policy(config, ServingConfig(model=str(saved.path)))[0] == StartWeights(str(saved.policy), 12)
+    assert find_policy(config, ServingConfig(model="plain"))[0] == StartWeights("plain", 0)
     (saved.policy / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="not a whole checkpoint"):
         find_policy(config, ServingConfig(model=str(saved.path)))
+
+
+def test_of_a_run_with_lora_the_adapter_is_served_so_that_others_can_follow(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"training": {"lora": {"rank": 4}}})
+    lora = config.training.lora
+    assert lora is not None
+    assert find_policy(config, ServingConfig())[0] == StartWeights("base", 0, adapters=AdapterSettings(lora))
+    newest = write_checkpoint(tmp_path / "run", 8)
+    initial = AdapterSettings(lora, str(newest.adapter.resolve()))
+    assert find_policy(config, ServingConfig())[:2] == (StartWeights("base", 8, adapters=initial), "model.path")
+    named = find_policy(config, ServingConfig(model=str(newest.path)))[0]
+    assert named == StartWeights(str(newest.policy), 8)  # merged, as it would be exported
 
 
 def test_a_gate_that_could_not_judge_is_refused(tmp_path: Path) -> None:
