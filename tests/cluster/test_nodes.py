@@ -81,6 +81,12 @@ def test_the_learner_may_be_moved_until_the_node_goes(watched: dict[str, Any]) -
     assert watched["left"]["still"] == 0
 
 
+@pytest.mark.slow
+def test_the_free_room_of_a_node_that_leaves_does_not_count(watched: dict[str, Any]) -> None:
+    """Two units were free there, one is elsewhere: Ray places nothing on it, and the learner would wait in vain."""
+    assert watched["rooms"] == [[True, 2.0], [False, 1.0]]
+
+
 def test_resources_that_no_node_has_are_refused_by_name(ray_session: object, tiny_config: Config) -> None:
     rollout = tiny_config.rollout.model_copy(update={"num_workers": 2, "resources": {"spot": 0.5}})
     learner = tiny_config.learner.model_copy(update={"num_ranks": 2, "resources": {"spot": 1.0, "fast": 1.0}})

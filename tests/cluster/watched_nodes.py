@@ -36,10 +36,14 @@ class Recorder:
         pass
 
 
-async def watched(cluster: NodeCluster, draining: str, lost: str) -> tuple[Recorder, dict[str, float]]:
+async def watched(
+    cluster: NodeCluster, draining: str, lost: str
+) -> tuple[Recorder, dict[str, float], list[tuple[bool, float]]]:
     import ray
 
+    from actors.placement import look
     from cluster import nodes
+    from learner.places import one_node_has_room
 
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     # Ray ends a draining node as soon as nothing runs there.
@@ -64,9 +68,15 @@ async def watched(cluster: NodeCluster, draining: str, lost: str) -> tuple[Recor
                     watching.result()
                 await asyncio.sleep(0.05)
 
+    def room() -> tuple[bool, float]:
+        """For two ranks on one node, and the most of what they ask for that a worker could find on one."""
+        return one_node_has_room({"learner": 1.0}, 2), look().largest("learner")
+
     await asyncio.sleep(2.0)  # it has looked at what is there
+    rooms = [room()]
     cluster.drain(draining, notice_s=20)
     await until(1)
+    rooms.append(room())
     left = dict(job.leaving)
     cluster.kill(draining)
     await until(2)
@@ -77,19 +87,21 @@ async def watched(cluster: NodeCluster, draining: str, lost: str) -> tuple[Recor
     watching.cancel()
     left = {node: goes - asyncio.get_running_loop().time() for node, goes in left.items()}
     ray.shutdown()
-    return told, left | {"still": float(len(job.leaving))}
+    return told, left | {"still": float(len(job.leaving))}, rooms
 
 
 def main() -> None:
     prepare(Path(sys.argv[1]))
     cluster = NodeCluster(head_cpus=1)
     try:
-        draining, lost = (cluster.add(num_cpus=1, resources={name: 1}) for name in ("first", "second"))
-        told, left = asyncio.run(watched(cluster, draining, lost))
+        draining = cluster.add(num_cpus=1, resources={"first": 1, "learner": 2})
+        lost = cluster.add(num_cpus=1, resources={"learner": 1})
+        told, left, rooms = asyncio.run(watched(cluster, draining, lost))
     finally:
         cluster.shutdown()
     events = [asdict(event) for event in told.events]
-    print(json.dumps({"draining": draining, "lost": lost, "events": events, "drained": told.drained, "left": left}))
+    found = {"draining": draining, "lost": lost, "events": events, "drained": told.drained, "left": left}
+    print(json.dumps(found | {"rooms": rooms}))
 
 
 if __name__ == "__main__":
