@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ async def stop_serving(name: str, address: str, progress: Progress) -> str:
             f"--address {address}: the address of a Ray cluster is expected, as in ray.address: auto on one of its "
             "machines; from elsewhere: ray job submit --address URL -- headrace serve --stop NAME"
         )
+    _check_reachable(address)
     there = _There(RayConfig(address=address), DeadlinesConfig(start_s=_CONNECT_S), LoggingConfig())
     async with AsyncExitStack() as stack:
         try:
@@ -48,6 +50,17 @@ async def stop_serving(name: str, address: str, progress: Progress) -> str:
         progress.phase("Finishing the answers that are being written")
         removed = await take_off(name, address, there.deadlines)
     return f"removed {', '.join(removed)}"
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes to reach an address at which nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+                pass
+        except OSError as error:
+            raise ConfigError(f"--address {address}: no Ray cluster answers there: {_line(error)}") from error
 
 
 async def take_off(name: str, where: str, deadlines: DeadlinesConfig) -> list[str]:

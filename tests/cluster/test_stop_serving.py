@@ -130,7 +130,6 @@ def test_the_command_on_a_cluster(tmp_path: Path) -> None:
         assert ended(stop)[0] == 2
 
 
-@pytest.mark.slow
 def test_where_no_cluster_answers_one_line_says_so() -> None:
     with Progress(0) as progress, pytest.raises(ConfigError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers"):
         asyncio.run(stop_serving("policy", "127.0.0.1:1", progress))
