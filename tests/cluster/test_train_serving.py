@@ -144,6 +144,39 @@ def test_the_policy_is_served_while_it_trains_and_on(tiny_model: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_adapters_are_served_while_they_are_trained_and_alone(tiny_model: Path, tmp_path: Path) -> None:
+    (port,), run_dir = free_ports(1), tmp_path / "run"
+    project = served_project(tmp_path, tiny_model, port)
+    project["training"] |= {"lora": {"rank": 4, "alpha": 8}}
+    write_config(tmp_path, project | {"steps": 6})
+    with Command("train", "config.yaml", cwd=tmp_path) as command:
+        command.until(lambda: "OpenAI API" in command.output, "its address")
+        assert served_version(port) in range(7)
+        command.until(lambda: "Training finished; still serving" in command.output, "the training's end")
+        until_served(port, 6)
+        status = ask(port, "POST", "/v1/versions/rollback", {"version": 0})["status"]
+        assert (status["current"], status["versions"]) == (0, list(range(7)))
+        until_served(port, 0)
+        ask(port, "POST", "/v1/versions/pin", {"version": "4"})
+        until_served(port, 4)
+        ask(port, "POST", "/v1/versions/pin", {"version": "latest"})
+        until_served(port, 6)
+        command.ctrl_c()
+        assert command.status() == 130, command.output
+        assert command.processes.wait_gone() == []
+    assert not [event for event in rows(run_dir / "events.jsonl") if event["event"] == "refusal"]
+    assert not list((run_dir / "serving" / "weights").glob("*-delta.frames"))
+
+    with Command("serve", "config.yaml", cwd=tmp_path) as command:
+        command.until(lambda: "OpenAI API" in command.output, "its address")
+        assert served_version(port) == 6
+        command.ctrl_c()
+        assert command.status() == 130, command.output
+        assert command.processes.wait_gone() == []
+    assert "Traceback" not in command.output
+
+
+@pytest.mark.slow
 def test_on_a_cluster_the_application_outlives_the_run(tiny_model: Path, tmp_path: Path) -> None:
     (port,), run_dir = free_ports(1), tmp_path / "runs" / "tiny"
     folder = tmp_path / "project"
