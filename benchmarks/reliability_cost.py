@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.streaming import MODEL, PROMPTS
 from cluster.doctor.software import versions
+from cluster.loopback import stay_on_loopback
 from contracts import waiting
 
 T = TypeVar("T")
@@ -89,6 +90,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def bare(path: str) -> None:
     """`headrace train`, its reliability taken out of the driver before anybody imports it."""
     waiting.answer = without_deadline
+    stay_on_loopback()  # before Ray is imported
     from cluster import experience_log
     from learner.group import LearnerGroup
 

@@ -82,13 +82,14 @@ async def complete(
     reserved = prompt_chars / _BYTES_A_TOKEN + choices * (body.most_tokens or limits.max_response_tokens)
     with ExitStack() as stack:
         tell_used = stack.enter_context(desk.token_budget(caller, reserved))
-        stack.enter_context(desk.place(replicas.slot))
+        place = stack.enter_context(ExitStack())
+        place.enter_context(desk.place(replicas.slot))
         ask = PolicyRequest(kind, body.for_engine(desk.config.name), new_answer_id(kind), desk.config.request_s)
         record = _Record(desk, body, ask, caller, began, tell_used)
         if body.stream:
             begun = await replicas.begin(ask)
             stack.callback(begun.close)
-            return _Events(begun, record, stack.pop_all())
+            return _Events(begun, record, place, stack.pop_all())
         head, document = await replicas.document(ask)
         record.first_byte()
         record.add(json.loads(document))
@@ -143,8 +144,8 @@ class _Record:
 class _Events(StreamingResponse):
     """Server-sent events. Whatever ends them, the place is given back and the engine stops working on them."""
 
-    def __init__(self, begun: Begun, record: _Record, held: ExitStack) -> None:
-        self._begun, self._record, self._held = begun, record, held
+    def __init__(self, begun: Begun, record: _Record, place: ExitStack, held: ExitStack) -> None:
+        self._begun, self._record, self._place, self._held = begun, record, place, held
         self._seen: list[bytes] = []
         headers = {VERSION_HEADER: str(begun.head.version), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events(), media_type="text/event-stream", headers=headers)
@@ -167,7 +168,9 @@ class _Events(StreamingResponse):
             async for part in self._begun.parts():
                 self._seen.append(part)
                 if part.endswith(_DONE):
-                    self._keep()  # before the caller, who has it all then, can say what they think of it
+                    # Before the caller, who has it all then, can say what they think of it, or ask again.
+                    self._keep()
+                    self._place.close()
                 if shown := self._shown(part):
                     yield shown
         except (*FAILED, NoAnswer) as error:

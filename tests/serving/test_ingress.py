@@ -229,6 +229,31 @@ async def test_rates_of_requests_and_tokens(connect: Connect) -> None:
         assert sorted(answer.status_code for answer in both) == [200, 429]
 
 
+async def test_who_has_the_last_part_may_ask_again_at_once(connect: Connect) -> None:
+    async with connect(limits={"max_waiting": 0}) as client:
+        app = client._transport.app  # type: ignore[attr-defined]
+        inside: list[tuple[bool, int]] = []
+        body = json.dumps(chat("hello", stream=True)).encode()
+        came = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if came:
+                return came.pop()
+            await asyncio.sleep(600)
+            raise AssertionError("it was to end before that")
+
+        async def send(message: dict[str, Any]) -> None:
+            if part := message.get("body"):
+                inside.append((b"[DONE]" in part, app.state.desk.admission.inside))
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "asgi": {}}
+        scope |= {"query_string": b"", "client": ("127.0.0.1", 5000), "http_version": "1.1", "scheme": "http"}
+        await asyncio.wait_for(app(scope, receive, send), 20)
+    assert inside[-1] == (True, 0)
+    assert {held for done, held in inside if not done} == {1}
+
+
 async def test_over_the_queue_a_refusal_comes_at_once(connect: Connect) -> None:
     async with connect(replicas={"max_running": 2}, limits={"max_waiting": 1}) as client:
         running = [asyncio.ensure_future(ask(client, "slow")) for _ in range(3)]
