@@ -247,8 +247,9 @@ async def test_who_has_the_last_part_may_ask_again_at_once(connect: Connect) -> 
                 inside.append((b"[DONE]" in part, app.state.desk.admission.inside))
 
         headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "asgi": {}}
-        scope |= {"query_string": b"", "client": ("127.0.0.1", 5000), "http_version": "1.1", "scheme": "http"}
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        scope |= {"query_string": b"", "client": ("127.0.0.1", 5000), "http_version": "1.1", "asgi": {}}
+        scope["scheme"] = "http"
         await asyncio.wait_for(app(scope, receive, send), 20)
     assert inside[-1] == (True, 0)
     assert {held for done, held in inside if not done} == {1}
