@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-
 from contracts.config import ConfigError
+from serving.listening import listen
 
 
 def check_port(host: str, port: int, *, section: str) -> None:
@@ -12,14 +11,10 @@ def check_port(host: str, port: int, *, section: str) -> None:
 
     `section` is that of the configuration with `host` and `port`.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            message = f"cannot listen on {host}:{port}: {error.strerror}"
-            raise ConfigError(f"{message}; set {section}.port or {section}.host to another") from None
+    try:
+        listen(host, port).close()
+    except RuntimeError as error:
+        raise ConfigError(f"{error}; set {section}.port or {section}.host to another") from None
 
 
 def url_of(host: str, port: int) -> str:

@@ -69,11 +69,12 @@ class Door:
             await JSONResponse({"error": error.error}, error.status, error.headers)(scope, receive, count)
             return
         caller = _Caller(body, receive)
-        watching = asyncio.create_task(caller.cancel_when_gone(asyncio.current_task(), lambda: answered))
+        route = asyncio.current_task()
+        watching = asyncio.create_task(caller.cancel_when_gone(route, lambda: answered))
         try:
             await self._app(scope, caller.message, count)
         except asyncio.CancelledError:
-            if not caller.cancelled:
+            if not caller.cancelled or route is None or route.uncancel():
                 raise
         finally:
             watching.cancel()

@@ -8,6 +8,7 @@ there for several proxies to spread.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -60,7 +61,7 @@ async def serving_http(app: ASGIApp, listening: socket.socket, *, finish_s: floa
         proxy_headers=False,  # they would let a caller say who it is
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(finish_s),
+        timeout_graceful_shutdown=math.ceil(finish_s),
     )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listening]))

@@ -94,11 +94,19 @@ class Inbox:
         """Replicas on `node`, Ray's id of this one, can connect meanwhile."""
         folder = new_path("wire")
         folder.mkdir(mode=0o700)
+        connections: set[asyncio.BaseTransport] = set()
         try:
             path = str(folder / "in")
-            async with await asyncio.get_running_loop().create_unix_server(lambda: _Reader(self._boxes), path):
+            loop = asyncio.get_running_loop()
+            server = await loop.create_unix_server(lambda: _Reader(self._boxes, connections), path)
+            try:
                 self._node, self._path = node, path
                 yield
+            finally:
+                # Not `async with server`: from Python 3.12 on it waits until replicas hang up, and they never do.
+                server.close()
+                for connection in list(connections):
+                    connection.close()
         finally:
             self._path = ""
             shutil.rmtree(folder, ignore_errors=True)
@@ -119,9 +127,16 @@ class Inbox:
 class _Reader(asyncio.Protocol):
     """One connection of a replica."""
 
-    def __init__(self, boxes: dict[int, Box]) -> None:
-        self._boxes = boxes
+    def __init__(self, boxes: dict[int, Box], connections: set[asyncio.BaseTransport]) -> None:
+        self._boxes, self._connections = boxes, connections
         self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._connections.add(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         data, start = self._rest + data, 0

@@ -84,10 +84,8 @@ WITHOUT = {
     "serving/replica.py __init__: ray.get_runtime_context().get_node_id()": "of this process",
     "serving/wire.py _to: self._connecting": "whoever has it connects, in answer()",
     "serving/wire.py deliver: parts": "PolicyReplica ends them at the request's deadline",
-    "serving/wire.py opened: asyncio.get_running_loop().create_unix_server(lambda: _Reader(self._boxes), path)": ""
+    "serving/wire.py opened: loop.create_unix_server(lambda: _Reader(self._boxes, connections), path)": ""
     "it begins to listen; a replica is not waited for",
-    "serving/wire.py opened: await asyncio.get_running_loop().create_unix_server(lambda: _Reader(self._boxes), "
-    "path)": "it closes what listens",
     "serving/wire.py take: self._came.wait()": "_Call.part, in answer()",
     "serving/replica.py _answered: aclosing(answered.parts)": "a generator of this process",
     "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",

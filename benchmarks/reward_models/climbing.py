@@ -41,6 +41,7 @@ CONTROL = "gold itself"
 ENSEMBLES = ("mean", "minimum", "mean_minus_std")
 RULES = ("single", *ENSEMBLES)
 STOP_S = 900.0
+RUN_S = 12 * 3600.0  # of one training
 MAY_DIFFER = ("output_dir", "resume", "steps", "checkpoint.every_steps")  # the steps that are asked for are read
 
 
@@ -177,10 +178,12 @@ def headrace(command: str, config: dict[str, Any], path: Path, *, resume: bool) 
     # stdout holds the tables alone. The path is where the judges are imported from.
     process = subprocess.Popen(call, stdout=sys.stderr, cwd=ROOT)
     try:
-        status = process.wait()
-    except (KeyboardInterrupt, SystemExit):
+        status = process.wait(RUN_S)
+    except (KeyboardInterrupt, SystemExit, subprocess.TimeoutExpired) as error:
         process.terminate()  # it writes a checkpoint, and its Ray ends with it
         process.wait(STOP_S)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise SystemExit(f"{path}: headrace {command} had not ended after {RUN_S / 3600:g} hours") from error
         raise
     if status:
         raise SystemExit(f"{path}: headrace {command} ended with status {status}; see above")

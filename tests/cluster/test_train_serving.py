@@ -72,7 +72,9 @@ def test_what_cannot_be_served_beside_training_is_refused(config: Any, monkeypat
     assert check_served(config(serving={"start": False, "host": "0.0.0.0"})) is None
     with pytest.raises(ConfigError, match=r"serving\.model: with serving\.start the policy in training is served"):
         check_served(config(serving={"start": True, "model": "base"}))
-    assert check_served(config(training={"lora": {}}, rewards=rewards)) is not None
+    with_adapters = check_served(config(training={"lora": {}}, rewards=rewards))
+    assert with_adapters is not None
+    assert [each.name for each in with_adapters.components] == ["length"]
     with pytest.raises(ConfigError, match=r"serving\.host is 0\.0\.0\.0, so others can reach it"):
         check_served(config(serving={"start": True, "host": "0.0.0.0", "port": free_ports(1)[0]}))
     learned = {"rewards": [*rewards, {"name": "learned", "model": "preferences"}], "preferences": {"path": "p.jsonl"}}

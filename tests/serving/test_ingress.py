@@ -231,28 +231,52 @@ async def test_rates_of_requests_and_tokens(connect: Connect) -> None:
 
 async def test_who_has_the_last_part_may_ask_again_at_once(connect: Connect) -> None:
     async with connect(limits={"max_waiting": 0}) as client:
-        app = client._transport.app  # type: ignore[attr-defined]
         inside: list[tuple[bool, int]] = []
-        body = json.dumps(chat("hello", stream=True)).encode()
-        came = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> dict[str, Any]:
-            if came:
-                return came.pop()
-            await asyncio.sleep(600)
-            raise AssertionError("it was to end before that")
 
         async def send(message: dict[str, Any]) -> None:
             if part := message.get("body"):
-                inside.append((b"[DONE]" in part, app.state.desk.admission.inside))
+                inside.append((b"[DONE]" in part, app_of(client).state.desk.admission.inside))
 
-        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        scope |= {"query_string": b"", "client": ("127.0.0.1", 5000), "http_version": "1.1", "asgi": {}}
-        scope["scheme"] = "http"
-        await asyncio.wait_for(app(scope, receive, send), 20)
+        await stream_to(client, send)
     assert inside[-1] == (True, 0)
     assert {held for done, held in inside if not done} == {1}
+
+
+async def test_who_reads_nothing_does_not_hold_a_place_for_ever(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.completing._READ_S", 0.2)
+    async with connect(request_s=0.5) as client:
+        sent: list[str] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message["type"])
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(600)
+
+        await stream_to(client, send)
+        assert sent == ["http.response.start", "http.response.body"]
+        assert app_of(client).state.desk.admission.inside == 0
+
+
+def app_of(client: AsyncClient) -> Any:
+    return client._transport.app  # type: ignore[attr-defined]
+
+
+async def stream_to(client: AsyncClient, send: Callable[[dict[str, Any]], Any]) -> None:
+    """A streamed chat, each message of the answer as the server would get it; the caller stays until it has ended."""
+    came = [{"type": "http.request", "body": json.dumps(chat(stream=True)).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if came:
+            return came.pop()
+        await asyncio.sleep(600)
+        raise AssertionError("it was to end before that")
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    scope |= {"query_string": b"", "client": ("127.0.0.1", 5000), "http_version": "1.1", "scheme": "http", "asgi": {}}
+    await asyncio.wait_for(app_of(client)(scope, receive, send), 20)
 
 
 async def test_over_the_queue_a_refusal_comes_at_once(connect: Connect) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from serving.door import Door
+from serving.ingress import Ingress
 from serving.keys import Keys
 from serving.limits import Admission, Rates
 from serving.listening import listen, serving_http
@@ -125,3 +127,18 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
         status = await asyncio.wait_for(reader.readline(), 20)
         assert b" 408 " in status
         writer.close()
+
+
+async def test_an_ingress_whose_http_server_has_ended_is_unhealthy() -> None:
+    async def broken() -> None:
+        raise OSError("the loop lost the socket")
+
+    desk: Any = SimpleNamespace(http=None)
+    ingress: Any = SimpleNamespace(_desk=desk)
+    await Ingress.check_health(ingress)
+    desk.http = asyncio.create_task(broken())
+    await Ingress.check_health(ingress)
+    await asyncio.wait([desk.http])
+    with pytest.raises(RuntimeError, match="the HTTP server has ended") as raised:
+        await Ingress.check_health(ingress)
+    assert "lost the socket" in str(raised.value.__cause__)
