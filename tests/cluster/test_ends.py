@@ -96,7 +96,8 @@ def test_nothing_outlives_a_driver_that_is_killed(tiny_model: Path, tmp_path: Pa
     with Command("train", "config.yaml", cwd=tmp_path) as command:
         command.until(lambda: len(finished_checkpoints(run_dir)) == 2, "two checkpoints")
         command.kill_driver()
-        assert gone(command.processes, 60.0) == []
+        # Most are gone in seconds. Ray's agents try for 60 s to tell a GCS that is dead as well why they end.
+        assert gone(command.processes, 90.0) == []
     assert leftovers.orphans() == []
     (run_dir / "checkpoints" / "step-000099.partial").mkdir(exist_ok=True)
     newest = run_dir / "checkpoints" / f"step-{finished_checkpoints(run_dir)[-1]:06d}"
