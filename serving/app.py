@@ -96,7 +96,7 @@ def build(
         deployment: Any = serve.deployment(
             PolicyReplica,
             name=name,
-            max_ongoing_requests=config.replicas.max_running,
+            max_ongoing_requests=_calls_at_once(config),
             ray_actor_options=_reserved(config.replicas),
             **number,
             **checks,
@@ -123,6 +123,14 @@ def build(
         config, folder, live, versions, pinned=pinned, scorers=scorers, listens=listens
     )
     return bound
+
+
+def _calls_at_once(config: ServingConfig) -> int:
+    """Of one replica: all that the ingress lets in, so that who waits does so in the engine's own queue and begins in
+    the step after another has ended. A handle whose replicas are full looks again after up to 0.5 s, with places empty
+    meanwhile. Twice what runs, since a place is free a moment before the call that held it has returned.
+    """
+    return 2 * config.replicas.max_running + config.limits.max_waiting
 
 
 def _number_of_replicas(replicas: EngineReplicaConfig) -> dict[str, Any]:

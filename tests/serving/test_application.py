@@ -166,3 +166,26 @@ def test_two_replicas_and_a_pinned_version(tiny_model: Path, tmp_path: Path, run
             assert all(head.draining for head in heads if head.status == 503)
 
     run(check(), timeout_s=400)
+
+
+def test_who_waits_for_a_place_waits_in_the_replica(tiny_model: Path, tmp_path: Path, run: RunCoroutine) -> None:
+    """Not in Serve's handle, which would look for a free place only now and then."""
+    replicas = SMALL | {"max_running": 1}
+    config = ServingConfig(name="queued", replicas=replicas, limits={"max_waiting": 3})  # type: ignore[arg-type]
+
+    async def check() -> None:
+        async with application(config, tiny_model, tmp_path / "serving") as served:
+            await served.ask()
+            (replica,) = (
+                ray.get_actor(each["name"], namespace=each["namespace"])
+                for each in ray.util.list_named_actors(all_namespaces=True)
+                if f"{config.application}#live#" in each["name"]
+            )
+            asking = [asyncio.create_task(served.ask(max_tokens=200)) for _ in range(4)]
+            most = 0
+            while most < len(asking) and not all(each.done() for each in asking):
+                most = max(most, await replica.get_num_ongoing_requests.remote())
+            assert most == len(asking)
+            assert {head.status for head, _ in await asyncio.gather(*asking)} == {200}
+
+    run(check(), timeout_s=300)
