@@ -246,7 +246,7 @@ def test_a_crash_loop_ends_with_the_actors_own_error(
         await pool.generate_somewhere(request("never"), deadline_s=REPLACED_S)
 
     monkeypatch.setattr(pool_module, "_FIRST_BACKOFF_S", 0.1)
-    monkeypatch.setattr(pool, "_path", "/nowhere/model")
+    monkeypatch.setattr(pool._starter, "_path", "/nowhere/model")
     events.clear()
     own = r"rollout actors died 3 times in a row; the last error: .*rollout\.py\", line \d+, in start\n.*/nowhere/model"
     with pytest.raises(RuntimeError, match=f"(?s){own}"):
