@@ -71,8 +71,7 @@ async def evaluate(job: Evaluated) -> Evaluation:
             raise bad[0]
         job.progress.warn(f"{len(groups) - len(kept)} held-out prompts are left out, not scored; the first: {bad[0]}")
     scores = [[row for row in groups[index] if not isinstance(row, BadSample)] for index in kept]
-    names = list(scores[0][0]) if scores else []
-    values = {name: [float(np.mean([row[name] for row in group])) for group in scores] for name in names}
+    values = means(scores)
     roles = {"reward": "proxy", "kl_to_reference": "kl", "response_tokens": "length"}
     components = [handle.config for handle in job.rewards.handles]
     roles |= {f"reward/{each.name}": "proxy" if each.weight else "held_out" for each in components}
@@ -86,6 +85,14 @@ async def evaluate(job: Evaluated) -> Evaluation:
         roles={name: roles.get(name, "other") for name in values},
         values=values,
     )
+
+
+def means(scores: Sequence[Sequence[dict[str, float]]]) -> dict[str, list[float]]:
+    """Of each prompt's responses, for what all of them have: a reward model that is rolled out meanwhile may tell more,
+    or less, than the one before it."""
+    rows = [row for group in scores for row in group]
+    names = [name for name in rows[0] if all(name in row for row in rows)] if rows else []
+    return {name: [float(np.mean([row[name] for row in group])) for group in scores] for name in names}
 
 
 async def _measure_all(
@@ -136,7 +143,8 @@ def _values(
 def compare(before: Evaluation, after: Evaluation, *, shown_samples: int) -> dict[str, Any]:
     """evaluation.json: each metric before, after and the paired difference, with 95 % intervals over prompts.
 
-    Only prompts that were scored both times count.
+    Only prompts that were scored both times count, and only metrics that there were both times: a new reward model may
+    tell more, or less, than the one before it.
     """
     before, after = _only(before, after.prompt_ids), _only(after, before.prompt_ids)
     metrics = [
@@ -148,6 +156,7 @@ def compare(before: Evaluation, after: Evaluation, *, shown_samples: int) -> dic
             "difference": paired_difference(before.values[name], after.values[name]).record(),
         }
         for name, role in after.roles.items()
+        if name in before.values
     ]
     samples = [
         {
