@@ -13,6 +13,7 @@ from contracts.section import FunctionPath, NonNegative, NonNegativeInt, Positiv
 from contracts.workers import EngineConfig
 
 _RUNNING_ON_GPU, _RUNNING_ON_CPU, _RUNNING_A_THREAD = 256, 128, 16
+_SHARE_AIMED_AT = 0.7  # of the places of a replica, as Knative's autoscaler aims at: the rest is for the next ones
 _FOLLOW = re.compile(r"latest|pinned:\d+|every:[1-9]\d*")
 
 
@@ -33,12 +34,17 @@ class EngineReplicaConfig(EngineConfig):
 
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
-    target_running: Positive = Field(default=16.0, description="running requests a replica that Serve scales for")
     max_running: PositiveInt = Field(
         default_factory=lambda given: suited_running(given["num_gpus"], given["threads"]),
         description="requests that one engine works on at once; default: 256 on a GPU, else 16 a compute thread, at "
         "most 128",
     )
+    target_running: Positive = Field(
+        default_factory=lambda given: round(_SHARE_AIMED_AT * given["max_running"], 1),
+        description="requests, running and waiting, a replica that Serve scales for; default: 0.7 max_running",
+    )
+    upscale_delay_s: NonNegative = Field(default=10.0, description="more replicas were wanted for so long")
+    downscale_delay_s: NonNegative = Field(default=300.0, description="fewer replicas were enough for so long")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = Field(default=1.0, description="KV cache of an engine on CPU")
 
@@ -48,7 +54,17 @@ class EngineReplicaConfig(EngineConfig):
             raise ValueError(
                 f"max_replicas is {self.max_replicas}, must be at least min_replicas ({self.min_replicas})"
             )
+        if self.scales and self.target_running > self.max_running:
+            raise ValueError(
+                f"target_running is {self.target_running:g}, must be at most max_running ({self.max_running}): a "
+                "replica never has that many requests, so no other would be added"
+            )
         return self
+
+    @property
+    def scales(self) -> bool:
+        """Ray Serve decides how many there are."""
+        return self.min_replicas < self.max_replicas
 
 
 class GateConfig(Section):
@@ -128,3 +144,14 @@ class ServingConfig(Section):
         if not _FOLLOW.fullmatch(value):
             raise ValueError(f"{value!r} is not latest, pinned:VERSION or every:N")
         return value
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Self:
+        replicas = self.replicas
+        if replicas.scales and not self.limits.max_waiting and replicas.target_running >= replicas.max_running:
+            raise ValueError(
+                f"replicas.target_running is {replicas.target_running:g}, must be below replicas.max_running "
+                f"({replicas.max_running}) where limits.max_waiting is 0: more than that are refused and not counted, "
+                "so no replica would be added"
+            )
+        return self

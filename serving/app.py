@@ -20,8 +20,6 @@ from serving.replica import PolicyReplica, ReplicaSettings
 from serving.versions import VersionKeeper
 
 _CHECK_PERIOD_S = 2.0
-_UPSCALE_DELAY_S = 10.0  # an engine takes longer than that to start
-_DOWNSCALE_DELAY_S = 300.0
 _KEEPER_STOP_S = 5.0  # replicas wait for orders there, and nobody else loses anything
 _STOP_MARGIN_S = 10.0
 _INGRESS_REQUESTS = 10_000  # it bounds its own queue, and says 503 itself
@@ -134,15 +132,15 @@ def _calls_at_once(config: ServingConfig) -> int:
 
 
 def _number_of_replicas(replicas: EngineReplicaConfig) -> dict[str, Any]:
-    if replicas.min_replicas == replicas.max_replicas:
+    if not replicas.scales:
         return {"num_replicas": replicas.min_replicas}
     return {
         "autoscaling_config": {
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
             "target_ongoing_requests": replicas.target_running,
-            "upscale_delay_s": _UPSCALE_DELAY_S,
-            "downscale_delay_s": _DOWNSCALE_DELAY_S,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
         }
     }
 

@@ -153,7 +153,11 @@ class Desk:
                 status = await self.ask_keeper("status")
             except ApiError:
                 status = {"replicas": []}  # `ask_keeper` has told; the places stay as they were
-            found = [replica for replica in status["replicas"] if replica["slot"] in self.slots]
+            found = [
+                replica
+                for replica in status["replicas"]
+                if replica["slot"] in self.slots and replica["state"] != "starting"  # it answers nobody yet
+            ]
             counts = {slot: sum(replica["slot"] == slot for replica in found) for slot in self.slots}
             for slot, count in counts.items():
                 if count:

@@ -31,11 +31,14 @@ class Turns:
 
     def __init__(self) -> None:
         self._slots: dict[str, dict[str, _Replica]] = {}
+        self._left: set[str] = set()  # a question of one of them may still be waiting, or on its way
 
     def polled(
         self, slot: str, replica: str, version: int | None, running: int, now: float, wait_s: float, *, starting: bool
     ) -> None:
-        """It serves `version`, or nobody yet, and waits to be told."""
+        """It serves `version`, or nobody yet, and waits to be told; nothing, where it has left."""
+        if replica in self._left:
+            return
         state: State = "starting" if starting else "serving"
         known = self._slots.setdefault(slot, {}).setdefault(replica, _Replica(version, running, state, now, now))
         if known.state != state:
@@ -43,10 +46,12 @@ class Turns:
         known.version, known.running, known.until = version, running, now + wait_s + _SILENT_S
 
     def may_change(self, slot: str, replica: str, now: float) -> bool:
-        """At most half of those that serve change at once, and at least one may. One that starts may always."""
+        """At most half of those that serve change at once, and at least one may. One that starts may always, and one
+        that has left never.
+        """
         self._forget_silent(now)
-        me = self._slots[slot][replica]
-        if now < me.not_before:
+        me = self._slots.get(slot, {}).get(replica)
+        if me is None or now < me.not_before:
             return False
         return me.state == "starting" or self._num(slot, "changing") < max(
             1, self._num(slot, "serving", "changing") // 2
@@ -72,6 +77,8 @@ class Turns:
 
     def changed(self, slot: str, replica: str, version: int | None, error: str, now: float) -> None:
         """The turn is over."""
+        if replica in self._left:
+            return
         me = self._slots.setdefault(slot, {}).setdefault(replica, _Replica(version, 0, "serving", now, now))
         if me.state != "starting":
             me.state = "serving"
@@ -83,8 +90,10 @@ class Turns:
         """Whether it did not take what it was sent last."""
         return self._slots[slot][replica].refusals > 0
 
-    def leaves(self, slot: str, replica: str) -> None:
-        self._slots.get(slot, {}).pop(replica, None)
+    def leaves(self, slot: str, replica: str) -> bool:
+        """Nobody waits for it any more, and it does not come back; whether it was there."""
+        self._left.add(replica)
+        return self._slots.get(slot, {}).pop(replica, None) is not None
 
     def next_change_s(self, now: float) -> float:
         """After how long a turn ends, or a pause, by itself."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
@@ -30,6 +30,7 @@ from models.adapters import adapter_shapes, skeleton
 from models.engine_adapters import initial_adapter
 from models.engine_shadow import policy_tensors
 from serving.archive import Archive, Damaged, Entry, NeedsKeyframe, Unreachable
+from serving.ending import ending
 from serving.records import LIVE, Order, StartWeights, Step, Verdict, VersionRow
 from serving.turns import Turns
 from serving.version_table import VersionTable
@@ -38,6 +39,7 @@ _FETCH_S = 120.0  # training hands over the frames of a version
 _TAKE_S = 180.0  # a replica decodes and exchanges weights, after it has drained
 _GATE_S = 1800.0  # the gate judges a version
 _GATE_PAUSE_S, _LONGEST_GATE_PAUSE_S = 10.0, 300.0  # after it failed, and after it failed often
+_LOOK_S = 2.0
 _REFS_S = 60.0  # how long frames stay in the object store after the last order with them
 
 
@@ -87,6 +89,7 @@ class VersionKeeper:
         self._changed = asyncio.Event()  # set and replaced whenever somebody's order may have changed
         self._refs: dict[Path, tuple[list[ray.ObjectRef], float]] = {}
         self._judging: asyncio.Task[None] | None = None
+        self._letting_go: asyncio.Task[None] | None = None
         self._problems: dict[str, str] = {}  # by what has one: slots and the gate
         for reason in self._archive.set_aside:
             self._event("lost", "the archive of weights", reason, "training is asked for complete weights")
@@ -132,6 +135,8 @@ class VersionKeeper:
         """
         expires = now() + wait_s
         self._judge_candidate()  # one that waits since before this process
+        if self._config.replicas.scales and (self._letting_go is None or self._letting_go.done()):
+            self._letting_go = asyncio.ensure_future(self._let_go())
         while True:
             left_s, changed = max(0.0, expires - now()), self._changed
             self._turns.polled(slot, replica, version, running, now(), left_s, starting=starting)
@@ -161,8 +166,8 @@ class VersionKeeper:
 
     async def leave(self, slot: str, replica: str) -> None:
         """The replica shuts down and takes no turns any more."""
-        self._turns.leaves(slot, replica)
-        self._notify()
+        if self._turns.leaves(slot, replica):
+            self._notify()
 
     async def status(self) -> dict[str, Any]:
         """What is served and by whom; docs/serving.md says what the fields are."""
@@ -268,6 +273,14 @@ class VersionKeeper:
         self._changed.set()
         self._changed = asyncio.Event()
         self._judge_candidate()
+
+    async def _let_go(self) -> None:
+        """Replicas that Serve takes away finish their answers first: the others do not wait for that. Never ends."""
+        while True:
+            with suppress(NoAnswer, RayError, RayServeException):  # Serve's controller starts again, and knows then
+                for replica in await ending(self._config.application, LIVE):
+                    await self.leave(LIVE, replica)
+            await asyncio.sleep(_LOOK_S)
 
     def _judge_candidate(self) -> None:
         if self._table.candidate is not None and (self._judging is None or self._judging.done()):

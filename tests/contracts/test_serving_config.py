@@ -1,4 +1,4 @@
-"""How many requests an engine works on at once, where nobody has said so."""
+"""How many requests an engine works on at once where nobody has said so, and when another engine is added."""
 
 import os
 from typing import Any
@@ -49,3 +49,40 @@ def test_a_wrong_neighbour_is_told_and_nothing_else() -> None:
         validate(run | {"output_dir": "run", "serving": {"replicas": {"num_gpus": -1}}}, source="here")
     assert "serving.replicas.num_gpus" in str(told.value)
     assert "more" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "expected"),
+    [
+        ({"threads": 1}, 11.2),
+        ({"threads": 2}, 22.4),
+        ({"num_gpus": 1}, 179.2),
+        ({"max_running": 1}, 0.7),
+        ({"max_running": 8, "target_running": 3}, 3.0),
+    ],
+)
+def test_another_engine_is_wanted_before_one_is_full(replicas: dict[str, Any], expected: float) -> None:
+    config = ServingConfig.model_validate({"replicas": replicas | {"max_replicas": 2}, "limits": {"max_waiting": 0}})
+    assert config.replicas.target_running == expected < config.replicas.max_running
+
+
+def refused(serving: dict[str, Any]) -> str:
+    run = {"model": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "rewards": [{"name": "none", "function": "a:b"}]}
+    with pytest.raises(ConfigError) as told:
+        validate(run | {"output_dir": "run", "serving": serving}, source="here")
+    return str(told.value)
+
+
+def test_bounds_between_which_it_could_never_grow_are_refused() -> None:
+    replicas = {"max_replicas": 2, "max_running": 8, "target_running": 9}
+    told = refused({"replicas": replicas})
+    assert "\n" not in told
+    assert "serving.replicas: target_running is 9, must be at most max_running (8)" in told
+    told = refused({"replicas": replicas | {"target_running": 8}, "limits": {"max_waiting": 0}})
+    assert "\n" not in told
+    assert "serving: replicas.target_running is 8, must be below replicas.max_running (8)" in told
+    for serving in (
+        {"replicas": replicas | {"target_running": 8}, "limits": {"max_waiting": 1}},  # the one that waits counts
+        {"replicas": replicas | {"max_replicas": 1}},  # nothing is to grow
+    ):
+        assert ServingConfig.model_validate(serving).replicas.max_running == 8

@@ -81,6 +81,19 @@ def test_who_does_not_finish_in_time_loses_the_turn_and_who_falls_silent_is_gone
     assert turns.status(92.0) == []
 
 
+def test_who_has_left_is_waited_for_by_nobody_and_does_not_come_back() -> None:
+    turns = turns_of(2)
+    turns.changes("live", "r0", 1.0, 100.0)
+    assert not poll(turns, "r1", 2.0)
+    assert turns.leaves("live", "r0")
+    assert not poll(turns, "r0", 3.0)  # a question that was on its way
+    turns.changed("live", "r0", 2, "", 3.0)
+    assert poll(turns, "r1", 3.0)
+    assert turns.alone("live", "r1")
+    assert [each["replica"] for each in turns.status(3.0)] == ["r1"]
+    assert not turns.leaves("live", "r0")
+
+
 def test_a_refusal_is_followed_by_pauses_that_grow() -> None:
     turns = turns_of(1)
     pauses = []
@@ -104,8 +117,9 @@ def test_whatever_they_do_as_many_serve_as_change_and_somebody_may_always_change
 ) -> None:
     turns, now = turns_of(num), 0.0
     changing: dict[str, float] = {}
+    names = [f"r{number}" for number in range(num)]
     for number, step in steps:
-        name, now = f"r{number % num}", now + 1.0
+        name, now = names[number % num], now + 1.0
         changing = {each: until for each, until in changing.items() if until > now}
         if step == "p" and name not in changing and poll(turns, name, now):
             turns.changes("live", name, now, 15.0)
@@ -114,8 +128,10 @@ def test_whatever_they_do_as_many_serve_as_change_and_somebody_may_always_change
             turns.changed("live", name, 2, "", now)
             del changing[name]
         elif step == "l":
-            turns.leaves("live", name)
+            assert turns.leaves("live", name) or name not in changing
             changing.pop(name, None)
+            assert not poll(turns, name, now)
+            name = names[number % num] = f"{name}'"  # who comes instead
         states = [each["state"] for each in turns.status(now)]
         assert states.count("changing") == len(changing) <= max(1, states.count("serving") + 1)
         if not changing:

@@ -177,6 +177,24 @@ def test_who_is_cancelled_as_news_come_does_not_wait_again(tiny_model: Path, tmp
     run(check())
 
 
+def test_who_leaves_while_it_waits_for_orders_is_gone(tiny_model: Path, tmp_path: Path, run: RunCoroutine) -> None:
+    """Its question stays with the keeper when its process has ended, and must not take a turn with it."""
+
+    async def check() -> None:
+        async with ends(tiny_model, tmp_path) as all_:
+            asked = asyncio.ensure_future(all_.keeper.order.remote("live", "gone", 0, 0, 2.5))
+            await asyncio.sleep(0.1)
+            await all_.keeper.leave.remote("live", "gone")
+            all_.start("stays")
+            await all_.publish()
+            await all_.until_all_serve(1, timeout_s=2.0)
+            assert all_.replicas[0].told_alone == [True]
+            assert [each["replica"] for each in (await all_.keeper.status.remote())["replicas"]] == ["stays"]
+            assert await asked is None
+
+    run(check())
+
+
 def test_replicas_follow_in_turns_and_an_old_and_a_new_one_get_there(
     tiny_model: Path, tmp_path: Path, run: RunCoroutine
 ) -> None:
