@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -70,7 +71,8 @@ class _Replica:
 
 
 async def watch(applications: Mapping[str, str], *, on_event: Callable[[Event], None], deadline_s: float) -> None:
-    """Tell of each replica that dies and of each that takes its place. Ends only by raising.
+    """Tell of each replica that dies and of each that takes its place, not of those that Serve adds or takes away as
+    the load changes. Ends only by raising.
 
     Args:
         applications: Serve applications and how they are called in events.
@@ -80,8 +82,8 @@ async def watch(applications: Mapping[str, str], *, on_event: Callable[[Event], 
             should have); carries the last one's traceback.
         NoAnswer: Ray Serve has not said how its applications are for `deadline_s`.
     """
-    running: dict[str, dict[str, _Replica]] = {}
-    gone: dict[str, list[tuple[_Replica, float]]] = {name: [] for name in applications}
+    running: dict[tuple[str, str], dict[str, _Replica]] = {}
+    gone: defaultdict[tuple[str, str], list[tuple[_Replica, float]]] = defaultdict(list)
     answered = now()
     while True:
         try:
@@ -92,24 +94,35 @@ async def watch(applications: Mapping[str, str], *, on_event: Callable[[Event], 
                 raise NoAnswer(f"Ray Serve has not said for {deadline_s:g} s how its replicas are: {error}") from error
             details = {}
         for name in applications.keys() & details.keys():
-            who, deployments = applications[name], details[name]["deployments"].values()
-            found = {each.replica_id: each for deployment in deployments for each in _running(deployment)}
-            before = running.get(name, found)
-            for replica_id in sorted(before.keys() - found.keys()):
-                lost = before[replica_id]
-                cause = f"replica {replica_id}, process {lost.pid}, died or left its health checks unanswered"
-                on_event(Event("death", who, cause, "its requests are sent again, Serve starts another", lost.node))
-                gone[name].append((lost, now()))
-            for replica_id in sorted(found.keys() - before.keys()):
-                if gone[name]:
-                    lost, since = gone[name].pop(0)
-                    consequence = f"replica {replica_id} took over after {now() - since:.1f} s"
-                    cause = f"replica {lost.replica_id} was lost"
-                    on_event(Event("restart", who, cause, consequence, found[replica_id].node))
-            running[name] = found
-            for deployment in deployments:
+            who = applications[name]
+            for deployment in details[name]["deployments"].values():
+                where = name, deployment["name"]
+                found = {each.replica_id: each for each in _running(deployment)}
+                before = running.get(where, found)
+                left = sorted(before.keys() - found.keys())
+                for replica_id in left[num_surplus(len(before), deployment["target_num_replicas"]) :]:
+                    lost = before[replica_id]
+                    cause = f"replica {replica_id}, process {lost.pid}, died or left its health checks unanswered"
+                    on_event(Event("death", who, cause, "its requests are sent again, Serve starts another", lost.node))
+                    gone[where].append((lost, now()))
+                for replica_id in sorted(found.keys() - before.keys()):
+                    if gone[where]:
+                        lost, since = gone[where].pop(0)
+                        consequence = f"replica {replica_id} took over after {now() - since:.1f} s"
+                        cause = f"replica {lost.replica_id} was lost"
+                        on_event(Event("restart", who, cause, consequence, found[replica_id].node))
+                running[where] = found
                 _raise_for_crash_loop(who, deployment)
         await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+def num_surplus(num_running: int, num_wanted: int) -> int:
+    """How many of those that ran may be gone because Serve scaled down, or the application is being removed.
+
+    >>> num_surplus(2, 2), num_surplus(2, 1), num_surplus(1, 2)
+    (0, 1, 0)
+    """
+    return max(0, num_running - num_wanted)
 
 
 def _running(deployment: Mapping[str, Any]) -> list[_Replica]:

@@ -216,11 +216,9 @@ async def _scorers(application: Application) -> Mapping[str, tuple[float, Scorer
 
 async def until_stopped(application: Application, progress: Progress, stopping: StopRequest) -> None:
     """Ends with the wish to stop, or when somebody else has removed the application; raises with it."""
-    replicas = application.serving.replicas
 
     def tell(event: Event) -> None:
-        if replicas.min_replicas == replicas.max_replicas:  # else one that is gone may just not be needed any more
-            progress.warn(f"{event.who}: {event.cause}; {event.consequence}")
+        progress.warn(f"{event.who}: {event.cause}; {event.consequence}")
 
     deadline_s = application.config.deadlines.silent_s
     applications = {application.serving.application: "the policy"}

@@ -37,6 +37,12 @@ from learner.group import LearnerGroup
 from learner.rank import LearnerSettings
 from models import bundled
 
+_SERVE_SETTINGS = {
+    # One that leaves its health checks unanswered cannot hear that it should finish: without this it keeps its GPU and
+    # memory for as long as its answers may take, and on a cluster without more of them nobody comes in its place.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+
 
 class OnRay(Protocol):
     """What starting Ray takes of a configuration."""
@@ -102,7 +108,11 @@ def start_serve() -> None:
     """Ray Serve without proxies for HTTP: what callers reach listens itself."""
     # A replica that computes on every core is slow to say how long its queue is; Serve warns of each such answer.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    serve.start(
+        proxy_location="Disabled",
+        logging_config={"log_level": "ERROR"},
+        controller_options={"runtime_env": {"env_vars": _SERVE_SETTINGS}},
+    )
 
 
 def _started(options: dict[str, Any]) -> Any:

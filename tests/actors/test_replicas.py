@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.schema import ReplicaState
 
 from actors import replicas
 from actors.reward import RewardHandle, Score, ScoreRequest, deploy_reward
@@ -99,6 +101,62 @@ def test_the_only_replica_is_lost_and_its_requests_are_answered_by_the_next(
     assert death.consequence == "its requests are sent again, Serve starts another"
     assert (restart.event, restart.who, restart.node) == ("restart", WHO, "127.0.0.1")
     assert restart.consequence.startswith(f"replica {answers[0].replica} took over after ")
+
+
+@pytest.mark.slow
+def test_one_that_stands_still_is_ended_when_it_is_given_up(one_replica: RewardHandle, run: RunCoroutine) -> None:
+    """Serve would give it 20 s to finish first, and a policy's replica as long as an answer may take."""
+    notes: list[Event] = []
+
+    async def check() -> float:
+        async with watched(notes), asyncio.timeout(120):
+            stands = await process_of(one_replica)
+            os.kill(stands, signal.SIGSTOP)
+            while not notes:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            given_up = time.monotonic()
+            while psutil.pid_exists(stands) and psutil.Process(stands).status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            return time.monotonic() - given_up
+
+    assert run(check()) < 12.0
+    assert notes[0].event == "death"
+
+
+def of_serve(num_wanted: int, *running: str) -> dict[str, Any]:
+    """What Serve says of a deployment."""
+    rows = [{"replica_id": name, "state": ReplicaState.RUNNING, "pid": 1, "node_ip": "10.0.0.9"} for name in running]
+    row = {"name": "live", "target_num_replicas": num_wanted, "replicas": rows, "status_trigger": "", "status": ""}
+    return {"policy": {"deployments": {"live": row}}}
+
+
+def test_replicas_that_come_and_go_with_the_load_are_no_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [
+        *(of_serve(1, "a"), of_serve(2, "a"), of_serve(2, "a", "b"), of_serve(1, "b")),  # grown and shrunk
+        *(of_serve(2, "b"), of_serve(2, "b", "c"), of_serve(2, "c"), of_serve(2, "c", "d")),  # b has died
+        *(of_serve(1), of_serve(1, "e"), of_serve(0)),  # both, of which one was wanted; then the application is removed
+    ]
+    notes: list[Event] = []
+    told_after: list[int] = []
+
+    async def details(_: float) -> dict[str, Any]:
+        told_after.append(len(notes))
+        if not said:
+            raise asyncio.CancelledError
+        return said.pop(0)
+
+    monkeypatch.setattr(replicas, "_details", details)
+    monkeypatch.setattr(replicas, "_LOOK_AGAIN_S", 0.0)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(replicas.watch({"policy": WHO}, on_event=notes.append, deadline_s=1.0))
+    told = [(note.event, note.cause.split(",")[0]) for note in notes]
+    assert told == [
+        ("death", "replica b"),
+        ("restart", "replica b was lost"),
+        ("death", "replica d"),
+        ("restart", "replica d was lost"),
+    ]
+    assert told_after[:8] == [0, 0, 0, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.slow

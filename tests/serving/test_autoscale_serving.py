@@ -124,12 +124,12 @@ def test_one_engine_grows_to_two_under_load_and_shrinks_back(
 
             async def everywhere(num: int) -> None:
                 version = await publish()
-                await served.until(
-                    lambda status: (
-                        [(each["version"], each["state"]) for each in status["replicas"]]
-                        == [(version, "serving")] * num
-                    )
-                )
+
+                def reached(status: dict[str, Any]) -> bool:
+                    serving = [each["version"] for each in status["replicas"] if each["state"] == "serving"]
+                    return len(serving) >= num and set(serving) == {version}
+
+                await served.until(reached)
                 callers.lowest = version
 
             asking = [asyncio.create_task(callers.keep_asking(stop)) for _ in range(CALLERS)]
@@ -162,6 +162,7 @@ def test_one_engine_grows_to_two_under_load_and_shrinks_back(
             ends = time.monotonic()
             await served.until(lambda status: len(status["replicas"]) == 1, timeout_s=10.0)
             await everywhere(1)
+            assert (await served.versions.status.remote())["replicas"][0]["version"] == callers.lowest
             assert time.monotonic() - ends < 20.0  # and not the half minute of one that is silent
             assert await callers.stream() == served.trainer.version
             assert None not in versions
