@@ -149,7 +149,6 @@ def test_one_engine_grows_to_two_under_load_and_shrinks_back(
 
             stop.set()
             await asyncio.gather(*asking)
-            stop.clear()
             shrinking = asyncio.create_task(until_engines(config, {"RUNNING": 1}))
             versions: list[int | None] = []
 
@@ -162,7 +161,6 @@ def test_one_engine_grows_to_two_under_load_and_shrinks_back(
             ends = time.monotonic()
             await served.until(lambda status: len(status["replicas"]) == 1, timeout_s=10.0)
             await everywhere(1)
-            assert (await served.versions.status.remote())["replicas"][0]["version"] == callers.lowest
             assert time.monotonic() - ends < 20.0  # and not the half minute of one that is silent
             assert await callers.stream() == served.trainer.version
             assert None not in versions

@@ -14,6 +14,7 @@ import pytest
 from httpx import AsyncClient, Response
 
 from contracts.serving import ServingConfig
+from serving import desk as desks
 from serving.desk import Desk
 from serving.ingress import build_app
 from serving.keys import ENVIRONMENT, make_key
@@ -294,6 +295,34 @@ async def test_over_the_queue_a_refusal_comes_at_once(connect: Connect) -> None:
         assert "headrace_serving_inside 0.0" in metrics
         assert 'headrace_serving_tokens_total{kind="response"} 9.0' in metrics
         assert 'headrace_serving_requests_total{route="/v1/chat/completions",status="503"} 1.0' in metrics
+
+
+class GrowingKeeper(ScriptedKeeper):
+    """One replica serves; another is about to."""
+
+    state = "starting"
+
+    async def status(self) -> dict[str, Any]:
+        status = await super().status()
+        (row,) = status["replicas"]
+        return status | {"replicas": [row, row | {"replica": "new", "version": None, "state": self.state}]}
+
+
+async def test_a_replica_has_places_when_it_serves_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desks, "_LOOK_AGAIN_S", 0.01)
+    config = ServingConfig.model_validate({"replicas": {"max_running": 2}, "limits": {"max_waiting": 0}})
+    keeper = GrowingKeeper()
+    desk = Desk(config, tmp_path, LocalHandle(None), LocalHandle(keeper), {}, {})  # type: ignore[arg-type]
+    watching = asyncio.create_task(desk.watch_versions())
+    await asyncio.sleep(0.1)
+    assert [desk.admission.enter("live") for _ in range(3)] == [True, True, False]
+    keeper.state = "serving"
+    await asyncio.sleep(0.1)
+    assert [desk.admission.enter("live") for _ in range(3)] == [True, True, False]
+    watching.cancel()
+    desk.store.close()
 
 
 async def test_where_nobody_would_be_let_in_a_request_is_refused_before_it_is_read(connect: Connect) -> None:
