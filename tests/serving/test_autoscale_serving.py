@@ -60,8 +60,9 @@ class Callers:
             if response.status_code != 200:
                 await response.aread()
                 return None
-            lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+            said = b"".join([part async for part in response.aiter_bytes()])  # its lines may hold any of Unicode's ends
         version = int(response.headers["X-Weights-Version"])
+        lines = [event.removeprefix("data: ") for event in said.decode().split("\n\n") if event]
         whole = lines[-1] == "[DONE]"
         events = [json.loads(line) for line in lines[:-1]] if whole else []
         tokens = events[-1]["usage"]["completion_tokens"] if whole and "usage" in events[-1] else 0
