@@ -42,6 +42,7 @@ class Callers:
         self.statuses: Counter[int] = Counter()
         self.asked_and_refused: list[tuple[float, bool]] = []  # when, and whether it was refused
         self.wrong: list[str] = []
+        self.lowest = 0  # the version that every replica has reached
 
     async def stream(self, num_tokens: int = SHORT) -> int | None:
         """The version of an answer, of which every token has come and is of that version; None if it was refused."""
@@ -70,8 +71,6 @@ class Callers:
         if tokens != num_tokens or versions != {version} or version < lowest:
             self.wrong.append(f"{tokens} of {num_tokens} tokens, {versions}, {lowest} was everywhere: {lines[-1]}")
         return version
-
-    lowest = 0  # what every replica had reached
 
     async def keep_asking(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -159,14 +158,14 @@ def test_one_engine_grows_to_two_under_load_and_shrinks_back(
 
             await asyncio.gather(ask_on(), ask_on())  # one for each: the one that goes is writing
             await shrinking
+            assert None not in versions
+            assert callers.wrong == []
             ends = time.monotonic()
             await served.until(lambda status: len(status["replicas"]) == 1, timeout_s=10.0)
             await everywhere(1)
             assert time.monotonic() - ends < 20.0  # and not the half minute of one that is silent
             assert await callers.stream() == served.trainer.version
-            assert None not in versions
             assert set(callers.statuses) == {200, 503}
-            assert callers.wrong == []
             assert callers.statuses[200] > 50
 
     run(check(), timeout_s=800)
