@@ -96,6 +96,7 @@ def build(
             name=name,
             max_ongoing_requests=_calls_at_once(config),
             ray_actor_options=_reserved(config.replicas),
+            logging_config={"enable_access_log": False},  # one line a request: /metrics counts them
             **number,
             **checks,
             **finishing,

@@ -154,7 +154,8 @@ class _Events(StreamingResponse):
         with self._held:
             try:
                 async with asyncio.timeout(self._begun.expires - now() + _READ_S) as deadline:
-                    await super().__call__(scope, receive, send)
+                    # Without Starlette's own watch for a caller who hangs up: the door has one, and ends this.
+                    await self.stream_response(send)
             except TimeoutError:
                 if not deadline.expired():
                     raise
