@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -37,6 +38,7 @@ KEEPER_S = 10.0
 SCORE_S = 60.0
 _BUSY_STORE_S = 10.0
 _LOOK_AGAIN_S = 1.0
+_MOST_BY_VALUE = 3 << 20  # bytes: Serve's replicas take 4 MiB so, and a request is packed a little larger than its body
 
 
 class Desk:
@@ -62,9 +64,17 @@ class Desk:
         self.began_s = int(time.time())
         slots = {LIVE: live} | {f"pinned-{version}": handle for version, handle in pinned.items()}
         self.inbox = Inbox()
+        self.on_one_machine = False  # until `watch_versions` has looked
         self.http: asyncio.Task[None] | None = None  # the server in this process, where there is one
         self.slots = {
-            slot: Replicas(slot, each, retries=config.first_token_retries, meters=self.meters, inbox=self.inbox)
+            slot: Replicas(
+                slot,
+                each,
+                retries=config.first_token_retries,
+                meters=self.meters,
+                inbox=self.inbox,
+                on_one_machine=lambda: self.on_one_machine and config.limits.max_body_bytes <= _MOST_BY_VALUE,
+            )
             for slot, each in slots.items()
         }
         for slot in self.slots:
@@ -149,6 +159,7 @@ class Desk:
     async def watch_versions(self) -> None:
         """Keep the number of places and the versions in the metrics as the keeper says they are. Never ends."""
         while True:
+            await self._count_machines()
             try:
                 status = await self.ask_keeper("status")
             except ApiError:
@@ -167,6 +178,17 @@ class Desk:
                     self.meters.version(replica["slot"], replica["version"])
             self.meters.replicas(counts)
             await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _count_machines(self) -> None:
+        """Ray's own processes answer at once; where they do not, nothing is known of other machines."""
+        try:
+            nodes = await answer(asyncio.to_thread(ray.nodes), who="Ray", asked="name its nodes", deadline_s=KEEPER_S)
+        except (RayError, NoAnswer) as error:
+            if self.on_one_machine:
+                tell(Event("lost", "Ray", first_line(error), "requests go through Ray until it answers"))
+            self.on_one_machine = False
+        else:
+            self.on_one_machine = sum(node["Alive"] for node in nodes) == 1
 
     def log_prompt(self, **said: Any) -> None:
         """A line in prompts.jsonl, only with `log_prompts`; every text in it has gone through `redact`."""

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from contracts.serving import ServingConfig
 from serving import administering, completing, judging
+from serving.asking import pass_http_proxies_by
 from serving.desk import Desk, Scorer
 from serving.door import Door
 from serving.listening import listen, serving_http
@@ -62,6 +63,7 @@ class Ingress:
         *,
         listens: bool = False,
     ) -> None:
+        pass_http_proxies_by()
         self._listening = listen(config.host, config.port) if listens else None
         self._desk = Desk(config, folder, live, versions, pinned or {}, scorers or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ class PolicyRequest:
 
     `answer_id` names the answer in the API. Without `max_tokens` in the body the replica writes what fits, at most
     `limits.max_response_tokens`. The replica gives up `deadline_s` after it has the request. A replica on the node of
-    `reply_to` sends the parts of the answer there, and says so in its head.
+    `reply_to` says all that it has to say there, head included.
     """
 
     kind: Literal["chat", "completion"]
@@ -36,8 +37,10 @@ class Head:
     """The first thing that a replica says: bytes follow only where `status` is 200.
 
     A draining replica that is not the only one of its slot says `draining`: ask another. `error` is an error in the
-    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: its first token). With `by_wire` the
-    bytes come to where the request wanted them, and not behind this.
+    OpenAI shape. `version` is the one that writes the answer (with `allow_mixed`: its first token).
+
+    >>> Head.read(Head(200, 7, "replica-1").written())
+    Head(status=200, version=7, replica='replica-1', draining=False, error=None)
     """
 
     status: int
@@ -45,7 +48,14 @@ class Head:
     replica: str
     draining: bool = False
     error: dict[str, Any] | None = None
-    by_wire: bool = False
+
+    def written(self) -> bytes:
+        """As JSON: who reads it at the end of a wire unpickles nothing."""
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def read(cls, text: bytes) -> Head:
+        return cls(**json.loads(text))
 
 
 Step = tuple[WeightsUpdate, list["ray.ObjectRef"]]

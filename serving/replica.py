@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
 
@@ -102,10 +102,19 @@ class PolicyReplica:
     async def answer(self, request: PolicyRequest) -> AsyncIterator[Head | bytes]:
         """A Head, together with the first token; then the answer, each JSON object with its id and weights version.
 
-        Where the ingress is on this node and asked for it, the answer goes to its wire, and nothing follows the Head.
+        Where the ingress is on this node and asked for it, all of that goes to its wire, and nothing is left to yield.
         Waits at most `request.deadline_s`; an answer that is not finished by then ends with what it has. Cancelling it
         frees the engine at once.
         """
+        reply = self._wires.reached(request.reply_to)
+        async with aclosing(self._said(request)) as said:
+            if reply is not None:
+                await self._wires.deliver(_written(said), reply)
+                return
+            async for part in said:
+                yield part
+
+    async def _said(self, request: PolicyRequest) -> AsyncGenerator[Head | bytes]:
         expires = asyncio.get_running_loop().time() + request.deadline_s
         try:
             let_in = await self._gate.opened(wait_s=request.deadline_s)
@@ -120,10 +129,13 @@ class PolicyReplica:
             return
         running = _Running(self._handlers, request)
         with self._gate.enter(running.make_room):
-            async for part in self._answered(request, running, expires):
-                yield part
+            async with aclosing(self._answered(request, running, expires)) as answered:
+                async for part in answered:
+                    yield part
 
-    async def _answered(self, request: PolicyRequest, running: _Running, expires: float) -> AsyncIterator[Head | bytes]:
+    async def _answered(
+        self, request: PolicyRequest, running: _Running, expires: float
+    ) -> AsyncGenerator[Head | bytes]:
         try:
             async with asyncio.timeout_at(expires) as deadline:
                 answered = await self._handlers.answer(request.kind, request.body, answer_id=request.answer_id)
@@ -141,13 +153,9 @@ class PolicyReplica:
             if running.drained:
                 yield self._elsewhere()
                 return
-            reply = self._wires.reached(request.reply_to)
-            yield Head(200, answered.version, self._name, by_wire=reply is not None)
+            yield Head(200, answered.version, self._name)
             timer = asyncio.get_running_loop().call_at(expires, running.expire)
             try:
-                if reply is not None:
-                    await self._wires.deliver(answered.parts, reply)
-                    return
                 async for part in answered.parts:
                     yield part
             finally:
@@ -260,6 +268,11 @@ class PolicyReplica:
 
     def _tell(self, event: Event) -> None:
         _log.log(logging.INFO if event.event == "rollover" else logging.WARNING, "%s", event)
+
+
+async def _written(said: AsyncIterator[Head | bytes]) -> AsyncIterator[bytes]:
+    async for part in said:
+        yield part.written() if isinstance(part, Head) else part
 
 
 async def start_engine(

@@ -1,12 +1,12 @@
-"""Parts of streamed answers, from a replica to the ingress on its own node through a Unix socket.
+"""Answers, from a replica to the ingress on its own node through a Unix socket.
 
 Ray makes an object of each part: with 32 streams that cost both sides together more than 1 ms of a core a token
-(docs/results/serving.md). Here a part is one frame, and what has come while the ingress was busy is read at once.
-Requests, their heads, their end and every failure stay with Ray, so a wire needs no heartbeat of its own: whoever waits
-at a box is told by `fail` what Ray says.
+(docs/results/serving.md). Here a part is one frame, what a replica says in one turn of its loop is written at once, and
+what has come while the ingress was busy is read at once. Requests, their end and every failure stay with Ray Serve, so
+a wire needs no heartbeat of its own: whoever waits at a box is told by `fail` what Serve says.
 
 A frame is its length (4 bytes), the number of the box (8 bytes) and the part; an empty part is the end of the answer.
-The folder of the socket is the user's own, and what comes through is never anything but bytes of an answer.
+The folder of the socket is the user's own, and what comes through is bytes, of which nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -42,14 +42,22 @@ class ReplyTo:
 
 
 class Box:
-    """The parts of one answer that have come and were not taken."""
+    """The parts of one answer that have come and were not taken. Without `reply_to` none comes by wire."""
 
-    def __init__(self, reply_to: ReplyTo) -> None:
+    def __init__(self, reply_to: ReplyTo | None) -> None:
         self.reply_to = reply_to
+        self.ended = False
         self._parts: list[bytes] = []
         self._error: BaseException | None = None
-        self._ended = False
         self._came = asyncio.Event()
+
+    async def take_first(self) -> bytes:
+        """The oldest part alone; b"" at the end.
+
+        Raises:
+            BaseException: what `fail` was told, once everything from before is taken.
+        """
+        return await self._take(1)
 
     async def take(self) -> bytes:
         """All that has come since the last time, in order, and at least something; b"" at the end.
@@ -57,13 +65,16 @@ class Box:
         Raises:
             BaseException: what `fail` was told, once everything from before is taken.
         """
+        return await self._take(None)
+
+    async def _take(self, most: int | None) -> bytes:
         await self._came.wait()
         if not self._parts:
             if self._error is not None:
                 raise self._error
             return b""
-        parts, self._parts = self._parts, []
-        if not self._ended and self._error is None:
+        parts, self._parts = self._parts[:most], self._parts[most:] if most else []
+        if not self._parts and not self.ended and self._error is None:
             self._came.clear()
         return b"".join(parts)
 
@@ -71,12 +82,12 @@ class Box:
         if part:
             self._parts.append(part)
         else:
-            self._ended = True
+            self.ended = True
         self._came.set()
 
     def fail(self, error: BaseException) -> None:
         """The answer will not go on. Nothing, where it has come to its end."""
-        if not self._ended:
+        if not self.ended:
             self._error = error
             self._came.set()
 
@@ -111,17 +122,18 @@ class Inbox:
             self._path = ""
             shutil.rmtree(folder, ignore_errors=True)
 
-    def box(self) -> Box | None:
-        """A new one; None while no replica can connect."""
+    def box(self) -> Box:
+        """A new one, which nothing comes to by wire while no replica can connect."""
         if not self._path:
-            return None
-        box = Box(ReplyTo(self._node, self._path, next(self._numbers)))
-        self._boxes[box.reply_to.box] = box
+            return Box(None)
+        reply_to = ReplyTo(self._node, self._path, next(self._numbers))
+        box = self._boxes[reply_to.box] = Box(reply_to)
         return box
 
     def close(self, box: Box) -> None:
         """What still comes for it is dropped."""
-        self._boxes.pop(box.reply_to.box, None)
+        if box.reply_to is not None:
+            self._boxes.pop(box.reply_to.box, None)
 
 
 class _Reader(asyncio.Protocol):
@@ -156,7 +168,7 @@ class Wires:
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._wires: dict[str, asyncio.StreamWriter] = {}
+        self._wires: dict[str, _Wire] = {}
         self._connecting = asyncio.Lock()
 
     def reached(self, reply: ReplyTo | None) -> ReplyTo | None:
@@ -173,32 +185,57 @@ class Wires:
         wire = await self._to(reply)
         async for part in parts:
             if part:
-                await _write(wire, reply.box, part)
-        await _write(wire, reply.box, b"")
+                await wire.write(reply.box, part)
+        await wire.write(reply.box, b"")
 
     def close(self) -> None:
         for wire in self._wires.values():
             wire.close()
 
-    async def _to(self, reply: ReplyTo) -> asyncio.StreamWriter:
+    async def _to(self, reply: ReplyTo) -> _Wire:
         async with self._connecting:
             self._wires = {path: each for path, each in self._wires.items() if not each.is_closing()}
             if reply.path not in self._wires:
                 connect = asyncio.open_unix_connection(reply.path)
                 try:
-                    _, wire = await answer(connect, who="the ingress", asked="connect", deadline_s=_WAIT_S)
+                    _, writer = await answer(connect, who="the ingress", asked="connect", deadline_s=_WAIT_S)
                 except (ConnectionError, FileNotFoundError) as error:
                     raise WireLost(f"{_GONE}: {error.strerror}") from error
-                self._wires[reply.path] = wire
+                self._wires[reply.path] = _Wire(writer)
             return self._wires[reply.path]
 
 
-async def _write(wire: asyncio.StreamWriter, box: int, part: bytes) -> None:
-    if wire.is_closing():
-        raise WireLost(_GONE)
-    wire.write(_FRAME.pack(len(part), box) + part)
-    if wire.transport.get_write_buffer_size() > _AHEAD_BYTES:
-        try:
-            await answer(wire.drain(), who="the ingress", asked="read answers", deadline_s=_WAIT_S)
-        except ConnectionError as error:
-            raise WireLost(_GONE) from error
+class _Wire:
+    """A connection to one ingress. Parts of one turn of the loop, of however many answers, are one write: each write
+    lets go of the interpreter's lock, for which every thread of the replica then competes."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._waiting: list[bytes] = []
+        self._num_bytes = 0
+
+    async def write(self, box: int, part: bytes) -> None:
+        if self.is_closing():
+            raise WireLost(_GONE)
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._waiting.append(_FRAME.pack(len(part), box) + part)
+        self._num_bytes += len(part)
+        if self._num_bytes + self._writer.transport.get_write_buffer_size() > _AHEAD_BYTES:
+            self._send()
+            try:
+                await answer(self._writer.drain(), who="the ingress", asked="read answers", deadline_s=_WAIT_S)
+            except ConnectionError as error:
+                raise WireLost(_GONE) from error
+
+    def is_closing(self) -> bool:
+        return self._writer.is_closing()
+
+    def close(self) -> None:
+        self._send()
+        self._writer.close()
+
+    def _send(self) -> None:
+        waiting, self._waiting, self._num_bytes = b"".join(self._waiting), [], 0
+        if waiting and not self.is_closing():
+            self._writer.write(waiting)

@@ -77,8 +77,7 @@ WITHOUT = {
     "models/openai.py _first: events.aclose()": "a generator of this process",
     "models/openai.py abort: self._engine.llm.abort([request_id] if kind == 'chat' else parts)": "a message is sent; "
     "nobody answers it",
-    "serving/asking.py _said: anext(self._response)": "_Call.head and part, each in answer(), and `_last` below",
-    "serving/asking.py part: self._last": "Begun.parts waits in answer(); what it is of has ended by wire",
+    "serving/asking.py _listen: self._response": "beside _Call.head and part, which wait in answer() and end it",
     "serving/ingress.py lifespan: http": "it begins to listen; a caller is not waited for",
     "serving/ingress.py lifespan: ray.get_runtime_context().get_node_id()": "of this process",
     "serving/replica.py __init__: ray.get_runtime_context().get_node_id()": "of this process",
@@ -86,7 +85,12 @@ WITHOUT = {
     "serving/wire.py deliver: parts": "PolicyReplica ends them at the request's deadline",
     "serving/wire.py opened: loop.create_unix_server(lambda: _Reader(self._boxes, connections), path)": ""
     "it begins to listen; a replica is not waited for",
-    "serving/wire.py take: self._came.wait()": "_Call.part, in answer()",
+    "serving/wire.py _take: self._came.wait()": "_Call.head and part, in answer()",
+    "serving/replica.py answer: aclosing(self._said(request))": "a generator of this process",
+    "serving/replica.py answer: said": "what it waits for has the request's deadline",
+    "serving/replica.py _written: said": "the same",
+    "serving/replica.py _said: aclosing(self._answered(request, running, expires))": "a generator of this process",
+    "serving/replica.py _said: answered": "what it waits for has the request's deadline",
     "serving/replica.py _answered: aclosing(answered.parts)": "a generator of this process",
     "serving/replica.py _answered: answered.parts": "`expire` ends them at the request's deadline",
     "serving/replica.py _answered: asyncio.timeout_at(expires)": "it is the deadline",

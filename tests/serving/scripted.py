@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,12 @@ class ScriptedReplica:
         reply = self._wires.reached(request.reply_to)
         try:
             async with aclosing(self._act(act, request)) as said:
+                if reply is not None:
+                    self.mark("by-wire")
+                    await self._wires.deliver(_written(said), reply)
+                    return
                 async for part in said:
-                    if reply is not None and isinstance(part, Head) and part.status == 200 and not part.draining:
-                        self.mark("by-wire")
-                        yield replace(part, by_wire=True)
-                        await self._wires.deliver(said, reply)
-                    else:
-                        yield part
+                    yield part
         except (asyncio.CancelledError, GeneratorExit):
             self.mark(f"{act}-cancelled")
             raise
@@ -107,6 +105,11 @@ class ScriptedReplica:
         return times(self._folder, name)
 
 
+async def _written(said: AsyncIterator[Head | bytes]) -> AsyncIterator[bytes]:
+    async for part in said:
+        yield part.written() if isinstance(part, Head) else part
+
+
 def times(folder: Path, name: str) -> int:
     path = folder / name
     return path.stat().st_size if path.exists() else 0
@@ -150,9 +153,12 @@ class LocalHandle:
     def __init__(self, target: Any, method: str = "") -> None:
         self._target, self._method = target, method
 
-    def options(self, *, stream: bool, method_name: str) -> "LocalHandle":
+    def _init(self, **settings: Any) -> None:
+        """There is no router."""
+
+    def options(self, *, stream: bool = True, method_name: str = "", **settings: Any) -> "LocalHandle":
         assert stream
-        return LocalHandle(self._target, method_name)
+        return LocalHandle(self._target, method_name or self._method)
 
     def remote(self, *arguments: Any) -> Any:
         found = getattr(self._target, self._method)(*arguments)

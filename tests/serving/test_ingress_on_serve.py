@@ -14,9 +14,16 @@ import openai
 import pytest
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from contracts.serving import ServingConfig
+from serving.asking import FAILED, Replicas, pass_http_proxies_by
 from serving.ingress import Ingress
+from serving.limits import Admission
+from serving.meters import Meters
+from serving.protocol import ApiError
+from serving.records import PolicyRequest
+from serving.wire import Inbox
 from tests.conftest import RunCoroutine
 from tests.head import free_ports
 from tests.serving.scripted import WORDS, ScriptedKeeper, ScriptedReplica, times
@@ -141,6 +148,55 @@ def test_a_caller_who_hangs_up_in_a_stream_frees_the_slot(served: Served) -> Non
         first = next(response.iter_lines())
         assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"]["content"] == WORDS[0]
     until(lambda: times(served.folder, "stall-cancelled") == 1 and served.inside() == 0)
+
+
+@pytest.mark.parametrize(
+    ("on_one_machine", "node"), [(False, "another"), (False, "this"), (True, "another")], ids=lambda value: str(value)
+)
+def test_replicas_do_the_same_by_each_way(
+    served: Served, run: RunCoroutine, monkeypatch: pytest.MonkeyPatch, on_one_machine: bool, node: str
+) -> None:
+    """Over HTTP, on one machine, calls are by value and answers come by wire; these are the other three."""
+    monkeypatch.setenv("no_grpc_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there
+    pass_http_proxies_by()
+
+    async def ask() -> None:
+        inbox = Inbox()
+        live: DeploymentHandle[Any] = DeploymentHandle("live", NAME)  # what `serve` gives is initialised once for all
+        ways: dict[str, Any] = {"meters": Meters(Admission(0)), "on_one_machine": lambda: on_one_machine}
+        replicas = Replicas("live", live, retries=3, inbox=inbox, **ways)
+        here = ray.get_runtime_context().get_node_id()
+        async with inbox.opened(here if node == "this" else node):
+            for act in ("hello", "drain-once", "fail-once", "die-once"):
+                (served.folder / f"{act}-asked").unlink(missing_ok=True)
+                head, document = await replicas.document(asked(act, stream=False))
+                assert (head.version, json.loads(document)["choices"][0]["message"]["content"]) == (7, ANSWER)
+                assert times(served.folder, f"{act}-asked") == 1 + act.endswith("once")
+            begun = await replicas.begin(asked("hello", stream=True))
+            assert begun.call._response.by_reference is not on_one_machine
+            parts = [part async for part in begun.parts()]
+            assert [b"The " in parts[0], b"[DONE]" in parts[0], parts[-1][-14:]] == [True, False, b"data: [DONE]\n\n"]
+            begun.close()
+            (served.folder / "stall-cancelled").unlink(missing_ok=True)
+            begun = await replicas.begin(asked("stall", stream=True))
+            begun.close()
+            begun = await replicas.begin(asked("fail-midway", stream=True))
+            with pytest.raises(FAILED, match="the engine broke"):
+                await anext(part async for part in begun.parts() if not part)
+            begun.close()
+            with pytest.raises(ApiError, match="4 attempts failed, the last with: RuntimeError: the engine is broken"):
+                await replicas.begin(asked("fail", stream=True))
+        await live.shutdown_async()
+
+    by_wire = times(served.folder, "by-wire")
+    run(ask(), timeout_s=60)
+    until(lambda: times(served.folder, "stall-cancelled") == 1)
+    assert (times(served.folder, "by-wire") > by_wire) is (node == "this")
+
+
+def asked(act: str, *, stream: bool) -> PolicyRequest:
+    return PolicyRequest("chat", {"messages": [{"role": "user", "content": act}], "stream": stream}, "answer", 30.0)
 
 
 def test_feedback_that_was_acknowledged_outlives_the_process(served: Served, run: RunCoroutine) -> None:

@@ -28,10 +28,9 @@ async def all_of(box: Box) -> bytes:
     return taken
 
 
-def opened(inbox: Inbox) -> Box:
-    found = inbox.box()
-    assert found is not None
-    return found
+def to(box: Box) -> ReplyTo:
+    assert box.reply_to is not None
+    return box.reply_to
 
 
 def new_box(number: int = 0) -> Box:
@@ -47,9 +46,9 @@ async def test_many_answers_of_two_replicas_come_whole_and_in_order() -> None:
     inbox, replicas = Inbox(), [Wires(NODE), Wires(NODE)]
     async with inbox.opened(NODE):
         answers = [[f"{number}:{index};".encode() * (1 + index % 50) for index in range(200)] for number in range(20)]
-        boxes = [opened(inbox) for _ in answers]
+        boxes = [inbox.box() for _ in answers]
         sent = [
-            asyncio.create_task(replicas[number % 2].deliver(given_parts(parts), boxes[number].reply_to))
+            asyncio.create_task(replicas[number % 2].deliver(given_parts(parts), to(boxes[number])))
             for number, parts in enumerate(answers)
         ]
         came = await asyncio.gather(*(all_of(box) for box in boxes))
@@ -68,6 +67,43 @@ async def test_what_has_come_is_taken_at_once() -> None:
     box.put(b"")
     assert await box.take() == b"d"
     assert [await box.take(), await box.take()] == [b"", b""]
+
+
+async def test_the_first_part_can_be_taken_alone() -> None:
+    box = new_box()
+    box.put(b"head")
+    assert await box.take_first() == b"head"
+    taking = asyncio.ensure_future(box.take())
+    await asyncio.sleep(0.01)
+    assert not taking.done()
+    box.put(b"a")
+    assert await taking == b"a"
+    for part in (b"head", b"a", b"b", b""):
+        box.put(part)
+    assert [await box.take_first(), await box.take(), await box.take_first()] == [b"head", b"ab", b""]
+
+
+async def test_what_is_said_in_one_turn_is_one_write() -> None:
+    inbox, replica, writes = Inbox(), Wires(NODE), 0
+
+    def read(self: _Reader, data: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        data_received(self, data)
+
+    data_received = _Reader.data_received
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Reader, "data_received", read)
+        async with inbox.opened(NODE):
+            boxes = [inbox.box() for _ in range(10)]
+            await replica.deliver(given_parts([b"connected"]), to(boxes[0]))
+            assert await all_of(boxes[0]) == b"connected"
+            begun, writes = writes, 0
+            await asyncio.gather(*(replica.deliver(given_parts([b"head", b"part"]), to(box)) for box in boxes[1:]))
+            assert [await all_of(box) for box in boxes[1:]] == [b"headpart"] * 9
+            replica.close()
+    assert begun <= 2
+    assert writes <= 4, "nine answers of three frames, in three turns"
 
 
 async def test_a_failure_comes_after_what_was_sent_before_it() -> None:
@@ -120,14 +156,14 @@ async def test_an_ingress_that_is_gone_ends_the_answer() -> None:
             ended.set()
 
     async with inbox.opened(NODE):
-        box = opened(inbox)
+        box = inbox.box()
         parts = endless()
-        sending = asyncio.create_task(replica.deliver(parts, box.reply_to))
+        sending = asyncio.create_task(replica.deliver(parts, to(box)))
         assert await asyncio.wait_for(box.take(), 20)
     with pytest.raises(WireLost, match="the ingress that asked is gone"):
         await asyncio.wait_for(sending, 20)
     with pytest.raises(WireLost, match="No such file"):
-        await replica.deliver(given_parts([b"x"]), box.reply_to)
+        await replica.deliver(given_parts([b"x"]), to(box))
     await parts.aclose()  # type: ignore[attr-defined]
     assert ended.is_set()
 
@@ -153,23 +189,23 @@ async def test_an_ingress_that_reads_nothing_is_not_waited_for_for_ever(
 
 async def test_only_a_replica_of_the_same_node_is_within_reach() -> None:
     inbox = Inbox()
-    assert inbox.box() is None  # nobody can connect yet
+    assert inbox.box().reply_to is None  # nobody can connect yet
     async with inbox.opened(NODE):
-        reply = opened(inbox).reply_to
+        reply = to(inbox.box())
         assert Wires(NODE).reached(reply) == reply
         assert Wires("another node").reached(reply) is None
         assert Wires(NODE).reached(None) is None
         assert mode_of_folder(reply) == 0o700
     assert mode_of_folder(reply) is None
-    assert inbox.box() is None
+    assert inbox.box().reply_to is None
 
 
 async def test_what_comes_for_a_closed_box_is_dropped() -> None:
     inbox, replica = Inbox(), Wires(NODE)
     async with inbox.opened(NODE):
-        gone, box = opened(inbox), opened(inbox)
+        gone, box = inbox.box(), inbox.box()
         inbox.close(gone)
-        await replica.deliver(given_parts([b"late"]), gone.reply_to)
-        await replica.deliver(given_parts([b"in time"]), box.reply_to)
+        await replica.deliver(given_parts([b"late"]), to(gone))
+        await replica.deliver(given_parts([b"in time"]), to(box))
         assert await all_of(box) == b"in time"
         replica.close()
