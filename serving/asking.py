@@ -133,7 +133,7 @@ def pass_http_proxies_by() -> None:
 class Replicas:
     """The replicas of one slot, on the event loop that asks them.
 
-    A call goes to the replica itself (`_by_value`), which costs both sides 2 ms less than a call of Ray's, while
+    A call goes to the replica itself (`_by_value`), which costs both sides some 2 ms less than a call of Ray's, while
     `on_one_machine` says that no replica is elsewhere: there a connection is closed when a process dies. Of a machine
     that has fallen silent only Ray tells in time.
     """
