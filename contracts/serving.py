@@ -18,11 +18,11 @@ _FOLLOW = re.compile(r"latest|pinned:\d+|every:[1-9]\d*")
 
 
 def suited_running(num_gpus: float, threads: int | None) -> int:
-    """As many requests as an engine is fast with.
+    """As many requests as an engine gains from.
 
     vLLM's own server takes 256 on GPUs of less than 70 GiB (1024 on larger ones) and 128 on CPU; where their cached
-    states find no room, it lets the rest wait by itself. A few cores gain little from more long before that: two gave 327
-    tokens/s with 16 streams, 456 with 32 and 488 with 64, which takes each answer nearly twice as long
+    states find no room, it lets the rest wait by itself. A few cores gain little from more long before that: two gave
+    327 tokens/s with 16 streams, 456 with 32, and 488 with 64, where each answer takes nearly twice as long
     (docs/results/serving.md).
     """
     if num_gpus:
