@@ -58,7 +58,7 @@ class EngineReplicaConfig(EngineConfig):
         if self.scales and self.target_running > self.max_running:
             raise ValueError(
                 f"target_running is {self.target_running:g}, must be at most max_running ({self.max_running}): a "
-                "replica never has that many requests, so no other would be added"
+                "replica runs no more than that, so one would be added only for those who wait, if at all"
             )
         return self
 

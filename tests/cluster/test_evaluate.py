@@ -25,6 +25,7 @@ def test_the_sum_is_a_number_of_its_own_where_there_is_something_to_sum():
 def test_a_reward_model_that_tells_more_may_be_rolled_out_while_prompts_are_scored():
     alone, more = {"reward/proxy": 1.0}, {"reward/proxy": 3.0, "reward/proxy/latent": 0.5}
     assert means([[alone, more], [more, more]]) == {"reward/proxy": [2.0, 3.0]}
+    assert means([[more, more], [more, alone]]) == {"reward/proxy": [3.0, 2.0]}
     assert means([[more, more]]) == {"reward/proxy": [3.0], "reward/proxy/latent": [0.5]}
     assert means([]) == {}
 
